@@ -1,0 +1,1 @@
+"""The description of a run: TOML -> frozen pydantic models. Imports no torch, so a login node can validate."""

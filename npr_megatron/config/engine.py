@@ -1,0 +1,48 @@
+"""The rollout fleet and the engines in it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from npr_megatron.config.base import Section
+
+
+class EngineConfig(Section):
+    """One embedded NPR Engine."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    num_kv_slots: PositiveInt = 65_536
+    """Tokens whose keys and values fit."""
+    max_running: PositiveInt = 128
+    """Trajectories decoded at once."""
+    max_plans: int = Field(default=5, ge=1, le=9)
+    """Largest number of branches per fork."""
+    debug_checks: bool = False
+    """Verify the slot partition after every step."""
+
+
+class FleetConfig(Section):
+    """Engine replicas and how they are watched."""
+
+    num_replicas: PositiveInt = 2
+    request_timeout_s: PositiveFloat = 600.0
+    """A replica silent for longer is replaced."""
+    max_restarts: NonNegativeInt = 3
+    """Replacements per run before it stops."""
+
+
+class ClusterConfig(Section):
+    """Ray and the node."""
+
+    ray_address: str | None = None
+    """Join this cluster (``auto`` under sbatch); None starts a private one on this machine."""
+    ray_port: int | None = Field(default=None, ge=1024, le=65535)
+    """Port of the private cluster's head; None takes a free one."""
+    cpus_per_trainer: PositiveFloat = 1.0
+    gpus_per_trainer: float = Field(default=0.0, ge=0)
+    cpus_per_replica: PositiveFloat = 1.0
+    gpus_per_replica: float = Field(default=0.0, ge=0)
+    arena_dir: str = "/dev/shm"
+    """Memory-backed folder through which weights reach engines of the same node."""

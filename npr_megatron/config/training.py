@@ -1,0 +1,64 @@
+"""How the trainer is laid out and how it steps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from npr_megatron.config.base import Section
+
+
+class ParallelConfig(Section):
+    """Megatron parallelism. World size = tp * pp * dp."""
+
+    tp_size: PositiveInt = 1
+    """Tensor parallel; above 1 it brings sequence parallelism with it."""
+    pp_size: PositiveInt = 1
+    """Pipeline parallel (1F1B)."""
+    dp_size: PositiveInt = 1
+    """Data parallel, with the distributed optimizer."""
+
+    @property
+    def world_size(self) -> int:
+        """Trainer ranks."""
+        return self.tp_size * self.pp_size * self.dp_size
+
+
+class TrainerConfig(Section):
+    """Numerics and batch shapes of the trainer."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    row_tokens: PositiveInt = 256
+    """Longest packed row [tokens]; a longer sample is refused."""
+    rows_per_microbatch: PositiveInt = 8
+    max_logprob_gap: PositiveFloat = 1e-3
+    """Largest |trainer - engine| log-prob allowed on a rollout token before the run stops."""
+    positions: Literal["canonical", "paper"] = "canonical"
+    """``paper`` only scores released checkpoints."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up and decay."""
+
+    learning_rate: PositiveFloat
+    min_learning_rate_frac: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the last step / peak."""
+    warmup_steps: NonNegativeInt = 0
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: float = Field(default=0.9, gt=0, lt=1)
+    beta2: float = Field(default=0.95, gt=0, lt=1)
+    clip_grad: NonNegativeFloat = 1.0
+
+
+class LossConfig(Section):
+    """What distinguishes SFT, DAPO and PAPO: the loss on the same per-token log-probs."""
+
+    kind: Literal["sft", "dapo", "papo"]
+    clip_low: NonNegativeFloat = 0.2
+    """DAPO only."""
+    clip_high: NonNegativeFloat = 0.28
+    """DAPO only."""
+    dual_clip: float = Field(default=10.0, gt=1)
+    """DAPO only: bound on ratio * |A| for negative advantages."""

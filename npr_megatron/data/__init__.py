@@ -1,0 +1,1 @@
+"""Prompts, demonstrations, tokenizers and packing."""

@@ -1,0 +1,1 @@
+"""NPR Engine: branch-parallel decoding in plain torch."""

@@ -1,0 +1,1 @@
+"""Validity, accuracy, parallelism and speed of a model."""

@@ -1,0 +1,1 @@
+"""Roles to machines: placement, Ray, trainer ranks, preflight."""

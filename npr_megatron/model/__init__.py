@@ -1,0 +1,1 @@
+"""The NPR GPT on Megatron-core."""

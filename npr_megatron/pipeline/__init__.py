@@ -1,0 +1,1 @@
+"""The three stages as one resumable run."""

@@ -1,0 +1,1 @@
+"""Device and process groups; the CUDA stand-in that lets unmodified Megatron-core run on CPU."""

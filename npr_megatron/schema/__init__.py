@@ -1,0 +1,1 @@
+"""The tag language on token ids: grammar, parser, renderer, score, execution graph. No torch."""

@@ -1,0 +1,1 @@
+"""One optimizer step for SFT, DAPO and PAPO; checkpoints; what a trainer rank can do."""

@@ -1,0 +1,1 @@
+"""Resharding in three layers: declared layout, explicit plan, dumb executor."""
