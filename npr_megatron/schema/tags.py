@@ -23,7 +23,8 @@ class Tag(StrEnum):
 class Vocabulary:
     """The ids the grammar needs; everything else is text. Picklable, hashable, no tokenizer inside.
 
-    Built once from a tokenizer by ``data.tokenizer.vocabulary_of``, which proves that each tag is one token.
+    Built once from a tokenizer by ``data.tokenizer.vocabulary_of``, which proves that each tag is
+    one token.
     """
 
     guideline_open: int
@@ -67,7 +68,7 @@ class Vocabulary:
         return dict(zip(ids, Tag, strict=True))
 
     def step_header(self, index: int) -> tuple[int, ...]:
-        """Return the forced opening of branch ``index`` (1-based): ``<step>`` newline ``index:``."""
+        """Return the forced opening of branch ``index`` (1-based), ``<step>`` newline ``i:``."""
         return (self.step_open, self.newline, *self.index_ids[index - 1])
 
     @property
