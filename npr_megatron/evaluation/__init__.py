@@ -1,1 +1,1 @@
-"""Validity, accuracy, parallelism and speed of a model."""
+"""What a set of trajectories is worth: validity, accuracy, faithfulness, length and width."""

@@ -1,1 +1,1 @@
-"""Scores of finished trajectories."""
+"""Is the answer right, is the form kept, and what reward follows. Pure; no torch, no tokenizer."""

@@ -1,0 +1,146 @@
+"""Samples of any length into microbatches of one rectangular shape.
+
+Invariants: every token of every sample lands in exactly one cell, a sample is never split, equal
+input gives equal output, all microbatches of one call share a shape. Does not reorder tokens and
+does not normalise the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npr_megatron.errors import InputError
+from npr_megatron.records.sample import PackedBatch, TrainingSample
+
+Index = npt.NDArray[np.int64]
+
+_LENGTH_MULTIPLE = 16  # sequence parallelism divides rows; attention kernels like it too
+
+
+def pack(
+    samples: Sequence[TrainingSample], row_tokens: int, rows_per_microbatch: int, num_replicas: int
+) -> tuple[PackedBatch, ...]:
+    """Pack samples first-fit decreasing and deal the rows to microbatches.
+
+    Args:
+        row_tokens: no row holds more tokens.
+        rows_per_microbatch: no microbatch has more rows.
+        num_replicas: the number of microbatches is a multiple of it.
+
+    Returns:
+        Microbatches of one shape [B, S]. S is the longest row rounded up to 16; B is the smallest
+        that keeps the number of microbatches at its minimum. What nothing fills is padding.
+
+    Raises:
+        InputError: there are no samples, or some are longer than ``row_tokens`` (their lengths are
+            listed).
+    """
+    lengths = np.array([len(sample.token_ids) for sample in samples], dtype=np.int64)
+    _check(lengths, row_tokens)
+    row, offset = first_fit_decreasing(lengths, row_tokens)
+    num_rows = int(row.max()) + 1
+    num_microbatches = _round_up(-(-num_rows // rows_per_microbatch), num_replicas)
+    rows_each = -(-num_rows // num_microbatches)
+    row_length = _round_up(int((offset + lengths).max()), _LENGTH_MULTIPLE)
+    # Deal rows like cards: the fullest come first and go to different replicas.
+    dealt_row = (row % num_microbatches) * rows_each + row // num_microbatches
+    shape = (num_microbatches, rows_each, row_length)
+    return _fill(samples, lengths, dealt_row * row_length + offset, _segments(row, offset), shape)
+
+
+def first_fit_decreasing(lengths: Index, row_tokens: int) -> tuple[Index, Index]:
+    """Return the row of each sample and its offset inside the row, longest samples placed first.
+
+    Ties keep the order given. Needs ``max(lengths) <= row_tokens``.
+    """
+    row = np.zeros(len(lengths), dtype=np.int64)
+    offset = np.zeros(len(lengths), dtype=np.int64)
+    used = np.zeros(len(lengths), dtype=np.int64)
+    for sample in np.argsort(-lengths, kind="stable"):
+        row[sample] = np.argmax(used + lengths[sample] <= row_tokens)
+        offset[sample] = used[row[sample]]
+        used[row[sample]] += lengths[sample]
+    return row, offset
+
+
+def _segments(row: Index, offset: Index) -> Index:
+    """Number the samples of each row 0, 1, ... from left to right."""
+    order = np.lexsort((offset, row))
+    sorted_row = row[order]
+    segment = np.empty_like(row)
+    segment[order] = np.arange(len(row)) - np.searchsorted(sorted_row, sorted_row)
+    return segment
+
+
+def _fill(
+    samples: Sequence[TrainingSample],
+    lengths: Index,
+    starts: Index,
+    segments: Index,
+    shape: tuple[int, int, int],
+) -> tuple[PackedBatch, ...]:
+    """Scatter all streams at once; ``starts`` index the flattened [M, B, S] cells."""
+    start_T = np.repeat(starts, lengths)
+    within_T = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    cell_T = start_T + within_T
+
+    token_T = np.concatenate([sample.token_ids for sample in samples])
+    predecessor_T = np.concatenate([sample.predecessor for sample in samples])
+    learnt_T = np.concatenate([sample.loss_mask for sample in samples])
+    logprob_T = np.concatenate([_logprobs(sample) for sample in samples])
+    advantage_T = np.repeat([sample.advantage for sample in samples], lengths)
+    assert (predecessor_T[learnt_T] >= 0).all(), "a learnt token has no predecessor"
+    label_cell = (start_T + predecessor_T)[learnt_T]
+
+    def scattered(
+        cells: Index, values: npt.NDArray[Any], empty: int, dtype: type
+    ) -> npt.NDArray[Any]:
+        stream = np.full(int(np.prod(shape)), empty, dtype=dtype)
+        stream[cells] = values
+        return stream.reshape(shape)
+
+    streams = {
+        "token_ids": scattered(cell_T, token_T, 0, np.int32),
+        "position_ids": scattered(
+            cell_T, np.concatenate([s.position_ids for s in samples]), 0, np.int32
+        ),
+        "segment": scattered(cell_T, np.repeat(segments, lengths), -1, np.int32),
+        "block": scattered(cell_T, np.concatenate([s.block for s in samples]), 0, np.int32),
+        "branch": scattered(cell_T, np.concatenate([s.branch for s in samples]), 0, np.int32),
+        "labels": scattered(label_cell, token_T[learnt_T], -1, np.int32),
+        "advantages": scattered(label_cell, advantage_T[learnt_T], 0, np.float32),
+        "rollout_logprobs": scattered(label_cell, logprob_T[learnt_T], 0, np.float32),
+    }
+    return tuple(
+        PackedBatch(**{name: stream[i] for name, stream in streams.items()})
+        for i in range(shape[0])
+    )
+
+
+def _logprobs(sample: TrainingSample) -> npt.NDArray[Any]:
+    if sample.rollout_logprobs is None:
+        return np.zeros(len(sample.token_ids), dtype=np.float32)
+    return sample.rollout_logprobs
+
+
+def _check(lengths: Index, row_tokens: int) -> None:
+    if len(lengths) == 0:
+        raise InputError(
+            "samples were to be packed; there are none; skip the optimizer step in which "
+            "nothing was kept"
+        )
+    if lengths.max() > row_tokens:
+        too_long = lengths[lengths > row_tokens]
+        raise InputError(
+            f"every sample must fit a row of {row_tokens} tokens; found {len(too_long)} longer, of "
+            f"{', '.join(map(str, too_long[:10]))} tokens; raise trainer.row_tokens or lower "
+            "sampling.max_new_tokens"
+        )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,156 @@
+"""The built-in task: several sums at once, ``a=3+5+9;b=2+2+7;c=1+8+4?`` -> ``17,11,13``.
+
+Each part is a branch's own work, so a right answer needs right branches, and every word of a good
+response is known: faithfulness can be measured exactly. One place knows how a question, the work of
+a part and an answer are spelt.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from npr_megatron.config.run import SumsTask
+from npr_megatron.data.problems import Problem
+from npr_megatron.errors import InputError
+from npr_megatron.records.randomness import derive_seed, uniforms
+
+Part = tuple[int, ...]
+Parts = tuple[Part, ...]
+
+_HELD_OUT_ONE_IN = 16
+_MAX_DRAWS_PER_PROBLEM = 2_000
+
+
+def draw_parts(task: SumsTask, key: int) -> Parts:
+    """Draw the addends of one problem, uniformly; equal keys give equal problems."""
+    num_draws = 1 + task.max_parts * task.addends
+    draws = uniforms(
+        np.full(num_draws, key, dtype=np.uint64), np.arange(num_draws, dtype=np.uint64)
+    )
+    num_parts = task.min_parts + int(draws[0] * (task.max_parts - task.min_parts + 1))
+    span = task.max_addend - task.min_addend + 1
+    addends = (task.min_addend + (draws[1:] * span).astype(int)).reshape(-1, task.addends)
+    return tuple(tuple(row) for row in addends[:num_parts].tolist())
+
+
+def question_of(parts: Parts) -> str:
+    """Spell the question: ``a=3+5+9;b=2+2+7?``."""
+    sums = (
+        f"{name}={'+'.join(map(str, part))}"
+        for name, part in zip(part_names(parts), parts, strict=True)
+    )
+    return ";".join(sums) + "?"
+
+
+def parts_of(question: str) -> Parts:
+    """Read the addends of a question back, the inverse of :func:`question_of`.
+
+    Raises:
+        InputError: ``question`` was not written by :func:`question_of`.
+    """
+    sums = question.removesuffix("?").split(";")
+    try:
+        parts = tuple(tuple(map(int, s.partition("=")[2].split("+"))) for s in sums)
+    except ValueError:
+        parts = ()
+    if not parts or question_of(parts) != question:
+        raise InputError(
+            f"a question of the sums task was asked for; found {question!r}; "
+            "use problems drawn by data.sums"
+        )
+    return parts
+
+
+def part_names(parts: Parts) -> str:
+    """Return one letter per part; a plan names the part its branch works on."""
+    return string.ascii_lowercase[: len(parts)]
+
+
+def work_of(part: Part) -> str:
+    """Spell a part's work, its running totals: ``3+5=8+9=17``."""
+    first, *rest = part
+    totals = list(accumulate(part))[1:]
+    return str(first) + "".join(f"+{a}={t}" for a, t in zip(rest, totals, strict=True))
+
+
+def results_of(parts: Parts) -> str:
+    """Spell the list of part results: ``17,11,13``; takeaway and answer alike."""
+    return ",".join(str(sum(part)) for part in parts)
+
+
+def is_faithful(question: str, blocks: Sequence[tuple[Sequence[str], str]]) -> bool:
+    """Whether every branch did its work and every takeaway says what the branches found.
+
+    Args:
+        blocks: texts of the steps and of the takeaway, block by block, headers excluded.
+
+    Returns:
+        True iff the steps, over all blocks in order, are the work of all parts in order, and each
+        takeaway lists the results of its block.
+    """
+    parts = parts_of(question)
+    done = 0
+    for steps, takeaway in blocks:
+        own = parts[done : done + len(steps)]
+        if [step.strip() for step in steps] != [work_of(part) for part in own]:
+            return False
+        if takeaway.strip() != results_of(own):
+            return False
+        done += len(steps)
+    return done == len(parts)
+
+
+def is_held_out(question: str) -> bool:
+    """Whether a question is held out: one in sixteen, by hash, the same for every run."""
+    return derive_seed("sums held-out", question) % _HELD_OUT_ONE_IN == 0
+
+
+class SumsSource:
+    """Draws training problems by (seed, stage, step, index), held-out problems by index alone."""
+
+    def __init__(self, task: SumsTask, seed: int) -> None:
+        self._task = task
+        self._seed = seed
+
+    def problems_for_step(self, stage: str, step: int, count: int) -> list[Problem]:
+        """Return ``count`` problems that are never held out."""
+        return [self._training_problem(f"{stage}/{step}/{i}") for i in range(count)]
+
+    def held_out(self, count: int) -> list[Problem]:
+        """Return ``count`` distinct problems that no training step sees, the same for every seed.
+
+        Raises:
+            InputError: the task has fewer distinct held-out problems.
+        """
+        found: dict[str, None] = {}
+        for attempt in range(count * _MAX_DRAWS_PER_PROBLEM):
+            if len(found) == count:
+                break
+            question = question_of(draw_parts(self._task, derive_seed("sums test", attempt)))
+            if is_held_out(question):
+                found[question] = None
+        if len(found) < count:
+            raise InputError(
+                f"{count} held-out problems were asked for; the sums task as configured gave "
+                f"{len(found)}; ask for fewer, or allow more parts, addends or larger numbers"
+            )
+        return [_problem(f"test/{i}", question) for i, question in enumerate(found)]
+
+    def _training_problem(self, name: str) -> Problem:
+        for attempt in range(_MAX_DRAWS_PER_PROBLEM):
+            key = derive_seed("sums train", self._seed, name, attempt)
+            question = question_of(draw_parts(self._task, key))
+            if not is_held_out(question):
+                return _problem(name, question)
+        raise InputError(
+            "a training problem was asked for; every problem of the sums task as configured is "
+            "held out; allow more parts, addends or larger numbers"
+        )
+
+
+def _problem(name: str, question: str) -> Problem:
+    return Problem(id=name, question=question, answer=results_of(parts_of(question)))
