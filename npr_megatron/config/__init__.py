@@ -1,1 +1,2 @@
-"""The description of a run: TOML -> frozen pydantic models. Imports no torch, so a login node can validate."""
+"""The description of a run: TOML -> frozen pydantic models. Imports no torch, so a login node can
+validate."""

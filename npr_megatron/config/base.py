@@ -1,4 +1,4 @@
-"""The base of every section: frozen, unknown keys refused."""
+"""The base of every section: frozen, unknown keys refused, no infinity and no NaN."""
 
 from __future__ import annotations
 
@@ -8,4 +8,6 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A table of the run file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )

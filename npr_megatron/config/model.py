@@ -25,9 +25,10 @@ class ModelConfig(Section):
 
 
 class InitConfig(Section):
-    """Random initialisation of a new model (normal distributions, keyed by parameter name and run seed)."""
+    """Random initialisation of a new model (normal distributions, keyed by parameter name and run
+    seed)."""
 
     embedding_std: float = Field(default=0.02, gt=0)
     matrix_gain: float = Field(default=1.0, gt=0)
-    """Matrices are drawn with std = gain / sqrt(fan_in); projections into the residual stream are scaled
-    further by 1 / sqrt(2 * layers)."""
+    """Matrices are drawn with std = gain / sqrt(fan_in); projections into the residual stream are
+    scaled further by 1 / sqrt(2 * layers)."""

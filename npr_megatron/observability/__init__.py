@@ -1,1 +1,2 @@
-"""Metrics and logs; standard library only."""
+"""Metrics and logs. Standard library only, so that every process and every login node can read
+them."""

@@ -1,0 +1,149 @@
+"""Read a run file: TOML plus dotted overrides -> RunConfig, or one ConfigError that lists every
+problem.
+
+Only shapes and ranges of single fields are judged here; rules that join sections are in
+``config.check``. Nothing is filled in later: what this module returns is the whole description of a
+run.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from npr_megatron.config.explain import explain
+from npr_megatron.config.run import RunConfig
+from npr_megatron.errors import ConfigError
+
+Table = dict[str, Any]
+DottedPath = tuple[str, ...]
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the run described by the TOML file ``path`` after applying ``overrides``.
+
+    An override is ``section.key=value``; its value is TOML, and a value that is not TOML is taken
+    as a bare string. Entries of arrays are addressed by number.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, an override cannot be applied, or fields are
+        wrong.
+            Every problem found is in ``problems``.
+
+    Example:
+        ``load_run("run.toml", ["zero.num_steps=3", "seed_stage.phases.0.num_steps=50"])``
+    """
+    table = read_toml(path)
+    raw_values, problems = _apply(table, overrides)
+    try:
+        config = _validate(table, raw_values)
+    except ValidationError as error:
+        problems.extend(explain(error))
+        config = None
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def read_toml(path: str | Path) -> Table:
+    """Return the parsed TOML file ``path``; ConfigError when it is missing, unreadable or
+    broken."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"run file {path} does not exist; give the path of a .toml file"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"run file {path} cannot be read: {error}; give a UTF-8 text file"
+        ) from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"run file {path} is not valid TOML: {error}; strings need quotes, a key stands once "
+            "per table"
+        ) from error
+
+
+def parse_value(text: str) -> Any:
+    """Return ``text`` read as a TOML value, or ``text`` itself where it is none."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return table["value"] if list(table) == ["value"] else text
+
+
+def _apply(table: Table, overrides: Sequence[str]) -> tuple[dict[DottedPath, str], list[str]]:
+    """Write the overrides into ``table``; return their raw texts by path, and the problems met."""
+    raw_values: dict[DottedPath, str] = {}
+    problems: list[str] = []
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        path = tuple(part.strip() for part in name.split("."))
+        if not equals or not all(path):
+            problems.append(
+                f"override {override!r} is not of the form section.key=value; "
+                "write for example zero.num_steps=3"
+            )
+        elif problem := _put(table, path, parse_value(text)):
+            problems.append(f"override {override!r}: {problem}")
+        else:
+            raw_values[path] = text
+    return raw_values, problems
+
+
+def _put(table: Table, path: DottedPath, value: Any) -> str | None:
+    """Set ``path`` in ``table``, making tables on the way; return what stands in the way, if
+    anything."""
+    node: Any = table
+    for depth, key in enumerate(path):
+        is_last = depth == len(path) - 1
+        if isinstance(node, list):
+            if not key.isdecimal() or int(key) >= len(node):
+                parent = ".".join(path[:depth])
+                return f"{parent} has {len(node)} entries, found {key!r}; count them from 0"
+            index: Any = int(key)
+        elif isinstance(node, dict):
+            index = key
+            if not is_last:
+                node.setdefault(key, {})
+        else:
+            parent = ".".join(path[:depth])
+            return f"{parent} is {node!r} and has no keys; set {parent} itself"
+        if is_last:
+            node[index] = value
+        else:
+            node = node[index]
+    return None
+
+
+def _validate(table: Table, raw_values: dict[DottedPath, str]) -> RunConfig:
+    """Validate strictly, so that ``true`` is no number; retry overrides whose text was meant as a
+    string."""
+    try:
+        return _validate_once(table)
+    except ValidationError as error:
+        retry = [
+            path
+            for detail in error.errors()
+            if detail["type"] == "string_type"
+            and (path := tuple(str(part) for part in detail["loc"])) in raw_values
+        ]
+        if not retry:
+            raise
+    for path in retry:
+        _put(table, path, raw_values[path])
+    return _validate_once(table)
+
+
+def _validate_once(table: Table) -> RunConfig:
+    # JSON mode is the strict mode that still turns arrays into tuples. TOML dates become strings.
+    return RunConfig.model_validate_json(json.dumps(table, default=str), strict=True)
