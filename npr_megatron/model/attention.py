@@ -1,0 +1,168 @@
+"""Core attention of the NPR GPT: rotary positions and branch visibility from one object.
+
+:class:`BranchContext` is built once per microbatch and handed to every layer as Megatron's
+``packed_seq_params``. (``attention_mask`` is no road for it: full recompute saves that argument for
+backward and takes tensors only.) Both core attentions rotate queries and keys by the context's
+angles, then attend where it says: on CPU by SDPA with a dense mask, on CUDA by FlexAttention with a
+block mask, whose memory grows with the tokens and not with their square.
+
+Megatron's own rotary embedding is switched off: it numbers tokens 0, 1, 2, ... and ignores
+position ids, and it takes the cosine of all angles anew in each layer.
+
+The CUDA branch follows the same contract but could not be executed where this was written; run
+``pytest -m gpu`` on a machine with CUDA before relying on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.records.sample import PackedBatch
+from npr_megatron.topology.visibility import dense_mask, visible
+
+
+@dataclass
+class BranchContext(PackedSeqParams):
+    """What core attention needs to know about one microbatch of B rows of S tokens."""
+
+    qkv_format: str = "sbhd"
+    rotary_cos: Tensor | None = None
+    """[S, B, 1, D] cosine of the angle of each token and channel, in the compute dtype."""
+    rotary_sin: Tensor | None = None
+    """[S, B, 1, D] sine; the first half is negated, so that rotating needs no further sign."""
+    visibility: Tensor | BlockMask | None = None
+    """Who sees whom: bool [B, 1, S, S] (True = visible) on CPU, a block mask on CUDA."""
+
+
+def branch_context(
+    batch: PackedBatch, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> BranchContext:
+    """Return the context of ``batch``, ready for every layer of every pipeline stage."""
+    cos, sin = rotary_tables(batch, model, dtype, device)
+    streams = [
+        torch.from_numpy(stream).to(device) for stream in (batch.segment, batch.block, batch.branch)
+    ]
+    if device.type == "cuda":
+        visibility: Tensor | BlockMask = _block_mask(*streams)
+    else:
+        visibility = dense_mask(*streams).unsqueeze(1)
+    return BranchContext(rotary_cos=cos, rotary_sin=sin, visibility=visibility)
+
+
+def rotary_tables(
+    batch: PackedBatch, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return cosine and signed sine [S, B, 1, D] of the angles at ``batch.position_ids``.
+
+    Angles are computed in fp32 whatever the compute dtype: bf16 cannot tell position 257 from 258.
+    """
+    half = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device)
+    inverse_frequency = model.rope_theta ** -(half / model.head_dim)
+    positions_SB = torch.from_numpy(batch.position_ids).to(device, torch.float32).t()
+    angles = positions_SB[:, :, None, None] * inverse_frequency
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def _rotate(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Return ``heads`` [S, B, N, D] turned by its angle in each plane (d, d + D/2)."""
+    low, high = heads.chunk(2, -1)
+    return torch.addcmul(heads * cos, torch.cat((high, low), -1), signed_sin)
+
+
+def _block_mask(segment_BS: Tensor, block_BS: Tensor, branch_BS: Tensor) -> BlockMask:
+    """Return the block-sparse form of ``topology.visibility.dense_mask``."""
+
+    def is_visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        segment = segment_BS[row, query]
+        sees = visible(
+            block_BS[row, query], branch_BS[row, query], block_BS[row, key], branch_BS[row, key]
+        )
+        same_sample = (segment == segment_BS[row, key]) & (segment >= 0)
+        return (query == key) | ((query >= key) & same_sample & sees)
+
+    rows, length = segment_BS.shape
+    return create_block_mask(is_visible, rows, None, length, length, device=segment_BS.device)
+
+
+class _BranchCore(MegatronModule):
+    """What both core attentions share: rotation, layout, and having no parameters."""
+
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any
+    ) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 0)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing of it goes into a checkpoint."""
+        return {}
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        *,
+        packed_seq_params: BranchContext,
+        **_: Any,
+    ) -> Tensor:
+        """Return the attended values.
+
+        Args:
+            query: [S, B, N/tp, D], normed, not yet rotated.
+            key: [S, B, K/tp, D], as ``query``.
+            value: [S, B, K/tp, D].
+            attention_mask: unused; visibility is in ``packed_seq_params``.
+            packed_seq_params: the context of this microbatch.
+
+        Returns:
+            [S, B, N/tp * D].
+        """
+        context = packed_seq_params
+        assert context.rotary_cos is not None and context.rotary_sin is not None
+        query = _rotate(query, context.rotary_cos, context.rotary_sin)
+        key = _rotate(key, context.rotary_cos, context.rotary_sin)
+        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (query, key, value))
+        attended = self._attend(q, k, v, context.visibility)
+        return attended.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Any) -> Tensor:
+        """Return [B, N, S, D] for ``q`` [B, N, S, D] and ``k``, ``v`` [B, K, S, D]."""
+        raise AssertionError("the CPU and CUDA cores below implement it")
+
+
+class DenseBranchCore(_BranchCore):
+    """SDPA with a dense mask: the CPU's core attention, and the oracle for the other one."""
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Any) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visibility, scale=self.scale, enable_gqa=True
+        )
+
+
+class FlexBranchCore(_BranchCore):
+    """Compiled FlexAttention with a block mask: CUDA only, its CPU kernel has no backward."""
+
+    def __init__(self, config: TransformerConfig, **keywords: Any) -> None:
+        super().__init__(config, **keywords)
+        self._flex_attention = torch.compile(flex_attention)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Any) -> Tensor:
+        attended = self._flex_attention(
+            q, k, v, block_mask=visibility, scale=self.scale, enable_gqa=True
+        )
+        assert isinstance(attended, Tensor)
+        return attended

@@ -1,0 +1,30 @@
+"""RMSNorm for the CPU spec; Megatron's torch norm refuses sequence parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm, called as a Megatron spec calls its norms.
+
+    ``weight.sequence_parallel`` tells ``finalize_model_grads`` to sum this gradient over TP: under
+    sequence parallelism each rank only saw its share of the tokens.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``hidden`` [..., H] scaled to unit root mean square, times the weight."""
+        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)

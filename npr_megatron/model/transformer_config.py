@@ -1,0 +1,66 @@
+"""The one place that spells Megatron-core's TransformerConfig and DistributedDataParallelConfig.
+
+Numbers come from ``config.model`` and ``config.training``; the rest is fixed here: no dropout, no
+biases, no fusion that needs a CUDA extension, gradients averaged over the loss tokens of the whole
+global batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.training import ParallelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> TransformerConfig:
+    """Return Megatron's description of a dense Qwen3 laid out as ``parallel``.
+
+    That the sizes divide is the business of ``weights.layout.trainer_layout``.
+    """
+    return TransformerConfig(
+        num_layers=model.num_hidden_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_key_value_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.intermediate_size,
+        layernorm_epsilon=model.rms_norm_eps,
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        sequence_parallel=parallel.tp_size > 1,
+        # Sums over tokens are divided once, by the token count of the whole global batch. DDP reads
+        # this flag when it is built: without it gradients come out divided by dp as well.
+        calculate_per_token_loss=True,
+        # Two messages between one pair of stages match by order on gloo; batching them swaps them.
+        batch_p2p_comm=False,
+        # Weights are always loaded after building, so drawing them would be wasted.
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+    )
+
+
+def ddp_config() -> DistributedDataParallelConfig:
+    """Return how gradients are summed: in fp32 and reduce-scattered to the optimizer's shards."""
+    return DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)

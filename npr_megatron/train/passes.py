@@ -1,0 +1,146 @@
+"""Forward and backward over the microbatches of one rank, and what they add up to.
+
+One path for every loss and every layout: Megatron's schedule runs the stages (1F1B when pp > 1), the
+last stage turns label log-probs into token losses, and one all-gather makes the sums known everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.training import LossConfig
+from npr_megatron.model.gpt import stage_inputs
+from npr_megatron.records.sample import PackedBatch
+from npr_megatron.runtime.device import current_device
+from npr_megatron.train.losses import token_losses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """What a step reports, summed over the global batch."""
+
+    loss: float
+    logprob_gap: float
+    policy_logprob: float
+    max_logprob_gap: float
+
+    @classmethod
+    def nothing(cls) -> Sums:
+        """The sums over no token."""
+        return cls(loss=0.0, logprob_gap=0.0, policy_logprob=0.0, max_logprob_gap=0.0)
+
+
+def run_schedule(
+    wrapped: torch.nn.Module,
+    batches: Sequence[PackedBatch],
+    model: ModelConfig,
+    dtype: torch.dtype,
+    output_fn: Callable[[Tensor, PackedBatch], tuple[Tensor, Tensor, Any]],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Run Megatron's schedule and return what ``output_fn`` reported, per microbatch.
+
+    Args:
+        wrapped: this rank's stage.
+        batches: this rank's microbatches, all of one shape.
+        output_fn: called on the last stage with label log-probs [B, S] and their microbatch; returns
+            the sum to differentiate, the number of loss tokens, and the report.
+        forward_only: no backward.
+
+    Returns:
+        Reports in order on the last stage, an empty list elsewhere.
+    """
+
+    def forward_step(iterator: Iterator[PackedBatch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        output = stage(**stage_inputs(batch, model, dtype))
+        return output, lambda logprobs_BS: output_fn(logprobs_BS, batch)
+
+    rows, length = batches[0].shape
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=wrapped,
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+
+
+def backward_losses(
+    wrapped: torch.nn.Module,
+    batches: Sequence[PackedBatch],
+    loss: LossConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Accumulate the gradient of ``loss`` and return this rank's share of the sums (see :func:`add_up`).
+
+    Megatron divides the accumulated gradient by the loss tokens of the global batch.
+    """
+
+    def sum_losses(policy: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        device = policy.device
+        rollout = torch.from_numpy(batch.rollout_logprobs).to(device)
+        advantages = torch.from_numpy(batch.advantages).to(device)
+        total = token_losses(policy, rollout, advantages, loss).sum()
+        with torch.no_grad():
+            gap = torch.zeros(1, device=device)
+            if loss.kind != "sft":
+                has_loss = torch.from_numpy(batch.labels).to(device) >= 0
+                gap = ((policy - rollout) * has_loss).abs()
+            report = torch.stack((total.detach(), gap.sum(), policy.sum(), gap.max()))
+        num_tokens = torch.tensor(batch.num_loss_tokens, dtype=torch.int32, device=device)
+        return total, num_tokens, report
+
+    reports = run_schedule(wrapped, batches, model, dtype, sum_losses, forward_only=False)
+    if not reports:
+        return torch.zeros(4, device=current_device())
+    stacked = torch.stack(reports)
+    return torch.cat((stacked[:, :3].sum(0), stacked[:, 3:].amax(0)))
+
+
+def add_up(share: Tensor, *, counts: bool) -> Sums:
+    """Return the sums of the global batch on every rank.
+
+    Args:
+        share: [4] of this rank: loss, gap and log-prob sums, and the largest gap.
+        counts: False where another rank reports the same tokens (not the last stage, or not the
+            first of its tensor-parallel group).
+    """
+    world_size = dist.get_world_size()
+    gathered = torch.empty(world_size * len(share), device=share.device)
+    dist.all_gather_into_tensor(gathered, share if counts else torch.zeros_like(share))
+    shares = gathered.view(world_size, -1).double().cpu().numpy()
+    loss, gap, logprob, _ = shares.sum(0)
+    return Sums(
+        loss=float(loss),
+        logprob_gap=float(gap),
+        policy_logprob=float(logprob),
+        max_logprob_gap=float(shares[:, 3].max()),
+    )
+
+
+def forward_logprobs(
+    wrapped: torch.nn.Module,
+    batches: Sequence[PackedBatch],
+    model: ModelConfig,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Return label log-probs [B, S] of each microbatch on the last stage, nothing elsewhere."""
+
+    def report(policy: Tensor, _: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        return policy.sum(), torch.zeros((), dtype=torch.int32, device=policy.device), policy
+
+    with torch.no_grad():
+        return run_schedule(wrapped, batches, model, dtype, report, forward_only=True)

@@ -1,0 +1,181 @@
+"""TrainerRank: everything one rank of the trainer can do, whoever started its process.
+
+The same object runs under torchrun, srun, a Ray actor or a test's fork. All ranks make the same calls
+in the same order with equal arguments; nearly every method is collective. Methods are called one after
+another, from any thread.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.training import OptimizerConfig, ParallelConfig, TrainerConfig
+from npr_megatron.errors import DivergenceError
+from npr_megatron.model.build import build_stage
+from npr_megatron.model.storages import check_storages, stage_storages
+from npr_megatron.model.transformer_config import DTYPES
+from npr_megatron.records.sample import FloatArray
+from npr_megatron.runtime import process_group
+from npr_megatron.runtime.device import current_device, device_scope
+from npr_megatron.runtime.process_group import RankInfo
+from npr_megatron.train.checkpoint import load_checkpoint, save_checkpoint
+from npr_megatron.train.optimizer import build_optimizer, take_step
+from npr_megatron.train.passes import Sums, add_up, backward_losses, forward_logprobs
+from npr_megatron.train.schedule import learning_rate
+from npr_megatron.train.step import StepBatch, StepResult, check_microbatches
+from npr_megatron.weights.layout import trainer_layout
+
+
+class TrainerRank:
+    """One rank: its stage and shards of the model, its share of the optimizer.
+
+    A life: construct, ``load_hf``, then per training stage ``begin_stage`` and many ``train_step``,
+    with ``publish``, ``save`` and ``export_hf`` in between; ``close`` at the end.
+    """
+
+    def __init__(
+        self,
+        info: RankInfo,
+        *,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        trainer: TrainerConfig,
+        run_id: str,
+        arena_dir: str,
+    ) -> None:
+        """Join the world (blocks until all ranks have) and build this rank's stage, weights unset.
+
+        Raises:
+            ConfigError: the number of ranks is not what ``parallel`` asks for.
+            LayoutError: the model cannot be laid out as ``parallel`` asks.
+        """
+        self._model, self._parallel, self._trainer = model, parallel, trainer
+        self._run_id, self._arena_dir = run_id, arena_dir
+        self._dtype = DTYPES[trainer.dtype]
+        self._layout = trainer_layout(model, parallel)
+        with device_scope():
+            self._place = process_group.start(info, parallel)
+            self._gpt, self._wrapped = build_stage(model, parallel, self._dtype, self._place)
+        self._gpt.config.finalize_model_grads_func = finalize_model_grads
+        self._storages = stage_storages(self._gpt)
+        check_storages(self._storages, self._layout.ranks[info.rank], info.rank)
+        self._optimizer: MegatronOptimizer | None = None
+        self._optimizer_config: OptimizerConfig | None = None
+        self._num_steps = 0
+        self._step = 0
+
+    def begin_stage(self, optimizer: OptimizerConfig, num_steps: int) -> None:
+        """Start a training stage of ``num_steps`` from the weights as they are, without momentum."""
+        with device_scope():
+            self._optimizer = build_optimizer(optimizer, self._wrapped, self._dtype)
+        self._optimizer_config, self._num_steps, self._step = optimizer, num_steps, 0
+
+    def train_step(self, batch: StepBatch) -> StepResult:
+        """Take one optimizer step on ``batch``; the result is equal on every rank.
+
+        Raises:
+            InputError: the microbatches differ in shape or do not divide over the ranks.
+            DivergenceError: loss or gradient is not finite, or the trainer's log-probs left the
+                engine's by more than ``TrainerConfig.max_logprob_gap``. The weights are as before.
+        """
+        optimizer, config = self._begun()
+        parallel = self._parallel
+        rate = learning_rate(config, self._step, self._num_steps)
+        share = batch.share(self._place.dp_rank, parallel.dp_size, parallel.tp_size)
+        if batch.num_loss_tokens == 0:
+            return _result(batch, Sums.nothing(), grad_norm=0.0, learning_rate=rate)
+        with device_scope():
+            self._wrapped.zero_grad_buffer()
+            optimizer.zero_grad()
+            own = backward_losses(self._wrapped, share, batch.loss, self._model, self._dtype)
+            sums = add_up(own, counts=self._place.reports)
+            self._check(sums)
+            grad_norm = take_step(optimizer, rate, self._step)
+        self._step += 1
+        return _result(batch, sums, grad_norm=grad_norm, learning_rate=rate)
+
+    def score(self, batch: StepBatch) -> list[FloatArray]:
+        """Return the log-probs [B, S] of the labels of every microbatch, on every rank.
+
+        Raises:
+            InputError: as :meth:`train_step`.
+        """
+        parallel = self._parallel
+        shape = check_microbatches(batch.microbatches, parallel.dp_size, parallel.tp_size)
+        share = batch.share(self._place.dp_rank, parallel.dp_size, parallel.tp_size)
+        logprobs_MBS = torch.zeros(len(batch.microbatches), *shape, device=current_device())
+        with device_scope():
+            own = forward_logprobs(self._wrapped, share, self._model, self._dtype)
+            if self._place.reports:
+                logprobs_MBS[self._place.dp_rank :: parallel.dp_size] = torch.stack(own)
+            dist.all_reduce(logprobs_MBS)
+        return list(logprobs_MBS.cpu().numpy())
+
+    def save(self, path: str | os.PathLike[str], progress: dict[str, Any]) -> None:
+        """Write weights, optimizer and step as a new checkpoint in the folder ``path``.
+
+        ``progress`` (JSON values) is the caller's and comes back from :meth:`load`.
+        """
+        optimizer, _ = self._begun()
+        with device_scope():
+            save_checkpoint(path, self._step, self._gpt, optimizer, progress)
+
+    def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Continue the stage begun with ``begin_stage`` from the latest checkpoint in ``path``.
+
+        Raises:
+            InputError: there is none.
+        """
+        optimizer, _ = self._begun()
+        with device_scope():
+            self._step, progress = load_checkpoint(path, self._gpt, optimizer)
+        return progress
+
+    def close(self) -> None:
+        """Leave the world. The object is of no use afterwards."""
+        process_group.stop()
+
+    def _begun(self) -> tuple[MegatronOptimizer, OptimizerConfig]:
+        assert self._optimizer is not None and self._optimizer_config is not None, (
+            "begin_stage comes before train_step, save and load"
+        )
+        return self._optimizer, self._optimizer_config
+
+    def _check(self, sums: Sums) -> None:
+        """Refuse to learn from numbers that are wrong."""
+        if not math.isfinite(sums.loss):
+            raise DivergenceError(
+                f"step {self._step} needs a finite loss, its sum is {sums.loss}; the weights were not "
+                "changed: resume from the last checkpoint with a lower learning rate"
+            )
+        limit = self._trainer.max_logprob_gap
+        if not sums.max_logprob_gap <= limit:
+            raise DivergenceError(
+                f"step {self._step}: trainer and engine must agree on log-probs within {limit}, found "
+                f"{sums.max_logprob_gap:.3g}; the weights were not changed: check that the rollouts "
+                "are of the current version, or raise trainer.max_logprob_gap"
+            )
+
+
+def _result(batch: StepBatch, sums: Sums, *, grad_norm: float, learning_rate: float) -> StepResult:
+    num_loss_tokens = batch.num_loss_tokens
+    per_token = 1.0 / max(num_loss_tokens, 1)
+    return StepResult(
+        loss=sums.loss * per_token,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        num_loss_tokens=num_loss_tokens,
+        num_tokens=batch.num_tokens,
+        max_logprob_gap=sums.max_logprob_gap,
+        mean_logprob_gap=sums.logprob_gap * per_token,
+        mean_policy_logprob=sums.policy_logprob * per_token,
+        skipped=num_loss_tokens == 0,
+    )

@@ -1,0 +1,91 @@
+"""What goes into one optimizer step and what comes out. numpy only: both cross process borders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from npr_megatron.config.training import LossConfig
+from npr_megatron.errors import InputError
+from npr_megatron.records.sample import PackedBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepBatch:
+    """The whole global batch of one step; every rank gets all of it and takes its share.
+
+    Example: dp_size 2 and four microbatches of [8, 256]; data-parallel rank 1 takes the second and
+    the fourth.
+    """
+
+    microbatches: tuple[PackedBatch, ...]
+    """All of one shape; their number is a multiple of dp_size."""
+    loss: LossConfig
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that carry loss, over all microbatches: the denominator of the loss."""
+        return sum(batch.num_loss_tokens for batch in self.microbatches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding, over all microbatches."""
+        return sum(batch.num_tokens for batch in self.microbatches)
+
+    def share(self, dp_rank: int, dp_size: int, tp_size: int) -> tuple[PackedBatch, ...]:
+        """Return the microbatches of one data-parallel rank, in order.
+
+        Raises:
+            InputError: shapes differ, or do not divide over the ranks.
+        """
+        check_microbatches(self.microbatches, dp_size, tp_size)
+        return self.microbatches[dp_rank::dp_size]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One optimizer step, as every rank saw it. Means are over the loss tokens of the global batch.
+
+    The value of a PAPO loss is -mean(advantage) whatever the policy; watch ``mean_policy_logprob``.
+    """
+
+    loss: float
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    learning_rate: float
+    num_loss_tokens: int
+    num_tokens: int
+    """Not padding."""
+    max_logprob_gap: float
+    """Largest |policy - rollout| log-prob of a loss token, before the update; 0.0 for SFT."""
+    mean_logprob_gap: float
+    mean_policy_logprob: float
+    skipped: bool = False
+    """No token carried loss: neither weights nor optimizer nor schedule moved."""
+
+
+def check_microbatches(
+    microbatches: tuple[PackedBatch, ...], dp_size: int, tp_size: int
+) -> tuple[int, int]:
+    """Return the common shape (B, S) of ``microbatches``.
+
+    Raises:
+        InputError: there are none, shapes differ, or they do not divide over the ranks.
+    """
+    shapes = {batch.shape for batch in microbatches}
+    if len(shapes) != 1:
+        raise InputError(
+            f"a step takes microbatches of one shape, found {sorted(shapes) or 'none'}; "
+            "pack all samples of a step together"
+        )
+    if len(microbatches) % dp_size:
+        raise InputError(
+            f"{len(microbatches)} microbatches do not divide over dp_size {dp_size}; "
+            "pack with num_replicas = dp_size"
+        )
+    rows, length = next(iter(shapes))
+    if length % tp_size:
+        raise InputError(
+            f"rows of {length} tokens do not divide over tp_size {tp_size} under sequence "
+            "parallelism; pad rows to a multiple of it"
+        )
+    return rows, length
