@@ -86,6 +86,17 @@ _LATER_PARTS = {
     Phase.STEP_TEXT: {Tag.STEP_OPEN, Tag.TAKEAWAY_OPEN},
     Phase.TAKEAWAY_TEXT: set[Tag](),
 }
+LEADS_TO = {
+    Tag.GUIDELINE_OPEN: Phase.GUIDELINE_LINE,
+    Tag.GUIDELINE_CLOSE: Phase.FORK_LINE,
+    Tag.PLAN_OPEN: Phase.PLAN_INDEX,
+    Tag.PLAN_CLOSE: Phase.GUIDELINE_LINE,
+    Tag.STEP_OPEN: Phase.STEP_LINE,
+    Tag.STEP_CLOSE: Phase.STEP_END_LINE,
+    Tag.TAKEAWAY_OPEN: Phase.TAKEAWAY_LINE,
+    Tag.TAKEAWAY_CLOSE: Phase.BLOCK_END,
+}
+"""The phase behind each tag, unless the tag is skipped."""
 
 
 class State(NamedTuple):
@@ -293,25 +304,12 @@ class Grammar:
 
     def _after_tag(self, state: State, tag: Tag) -> State:
         """Where a tag leads, legal or not. Counts saturate, so that states stay finitely many."""
-        num_plans, step_index = state.num_plans, state.step_index
+        if tag is Tag.GUIDELINE_OPEN or tag is Tag.TAKEAWAY_CLOSE:
+            return State(LEADS_TO[tag])
         limit = self.vocabulary.max_plans
-        match tag:
-            case Tag.GUIDELINE_OPEN:
-                return State(Phase.GUIDELINE_LINE)
-            case Tag.PLAN_OPEN:
-                return State(Phase.PLAN_INDEX, min(num_plans + 1, limit), step_index)
-            case Tag.PLAN_CLOSE:
-                return State(Phase.GUIDELINE_LINE, num_plans, step_index)
-            case Tag.GUIDELINE_CLOSE:
-                return State(Phase.FORK_LINE, num_plans, step_index)
-            case Tag.STEP_OPEN:
-                return State(Phase.STEP_LINE, num_plans, min(step_index + 1, limit))
-            case Tag.STEP_CLOSE:
-                return State(Phase.STEP_END_LINE, num_plans, step_index)
-            case Tag.TAKEAWAY_OPEN:
-                return State(Phase.TAKEAWAY_LINE, num_plans, step_index)
-            case Tag.TAKEAWAY_CLOSE:
-                return State(Phase.BLOCK_END)
+        num_plans = min(state.num_plans + (tag is Tag.PLAN_OPEN), limit)
+        step_index = min(state.step_index + (tag is Tag.STEP_OPEN), limit)
+        return State(LEADS_TO[tag], num_plans, step_index)
 
     def _read_index(self, state: State, symbol: int) -> _Step:
         is_plan = state.phase is Phase.PLAN_INDEX
