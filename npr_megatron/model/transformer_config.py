@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
@@ -51,14 +52,20 @@ def transformer_config(
         calculate_per_token_loss=True,
         # Two messages between one pair of stages match by order on gloo; batching them swaps them.
         batch_p2p_comm=False,
-        # Weights are always loaded after building, so drawing them would be wasted.
-        perform_initialization=False,
-        use_cpu_initialization=True,
+        # Weights are always loaded after building. Initialisation stays on because it also marks
+        # which parameters are sharded (clipping and checkpoints read the mark), but draws nothing.
+        init_method=_leave_unset,
+        output_layer_init_method=_leave_unset,
+        embedding_init_method=_leave_unset,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
     )
+
+
+def _leave_unset(_: Tensor) -> None:
+    pass
 
 
 def ddp_config() -> DistributedDataParallelConfig:
