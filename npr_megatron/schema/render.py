@@ -1,81 +1,76 @@
-"""Content to token ids: the inverse of the parser.
+"""Texts to token ids: the inverse of the parser.
 
-``parse(render(content, vocabulary), vocabulary).document`` always exists, and ``content_of`` gives
-the content back. Blocks and the conclusion are set off by one newline.
+``parse(render(blocks, conclusion, vocabulary), vocabulary).document`` always exists, and ``texts_of``
+gives the texts back. Blocks and the conclusion are set off by one newline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from npr_megatron.errors import InputError
-from npr_megatron.schema.parse import Document, Span
+from npr_megatron.schema.parse import Block, Document, Span
 from npr_megatron.schema.tags import Vocabulary
 
-Ids = tuple[int, ...]
+Ids = Sequence[int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockContent:
-    """The texts of one block, without tags and indices."""
+class BlockTexts(NamedTuple):
+    """What one block says, without tags and indices; a plain tuple of the three does as well."""
 
-    plans: tuple[Ids, ...]
-    steps: tuple[Ids, ...]
+    plans: Sequence[Ids]
+    steps: Sequence[Ids]
     """One per plan."""
     takeaway: Ids
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DocumentContent:
-    """The texts of a response."""
+def render(
+    blocks: Sequence[tuple[Sequence[Ids], Sequence[Ids], Ids]],
+    conclusion: Ids,
+    vocabulary: Vocabulary,
+) -> list[int]:
+    """Return the response that says these texts, end-of-sequence token included.
 
-    blocks: tuple[BlockContent, ...]
-    conclusion: Ids
-
-
-def render(content: DocumentContent, vocabulary: Vocabulary) -> Ids:
-    """Return the response that says ``content``, end-of-sequence token included.
+    Args:
+        blocks: at least one (plans, steps, takeaway), see :class:`BlockTexts`.
+        conclusion: ids behind the last block.
+        vocabulary: ids of the tags around them.
 
     Raises:
-        InputError: no response can say it (counts differ, a text is empty or holds a tag).
+        InputError: no response can say it (counts differ, a text is empty or holds a tag); lists all.
     """
-    problems = _problems(content, vocabulary)
+    texts = [BlockTexts(*block) for block in blocks]
+    problems = _problems(texts, conclusion, vocabulary)
     if problems:
         raise InputError(
-            "a response was to be rendered, but its content breaks the schema: "
+            "a response was to be rendered, but its texts break the schema: "
             f"{'; '.join(problems)}; correct these texts"
         )
     ids: list[int] = []
-    for block in content.blocks:
-        ids += _block_ids(block, vocabulary)
-        ids.append(vocabulary.newline)
-    return (*ids, *content.conclusion, vocabulary.eos)
+    for block in texts:
+        ids += [*_block_ids(block, vocabulary), vocabulary.newline]
+    return [*ids, *conclusion, vocabulary.eos]
 
 
-def content_of(document: Document, response_ids: Sequence[int]) -> DocumentContent:
-    """Return the texts of a parsed response."""
+def texts_of(document: Document, response_ids: Ids) -> tuple[list[BlockTexts], list[int]]:
+    """Return the blocks and the conclusion of a parsed response, as :func:`render` takes them."""
 
-    def text(span: Span) -> Ids:
-        return tuple(int(token_id) for token_id in response_ids[span.start : span.stop])
+    def text(span: Span) -> list[int]:
+        return [int(token_id) for token_id in response_ids[span.start : span.stop]]
 
-    return DocumentContent(
-        blocks=tuple(
-            BlockContent(
-                plans=tuple(text(plan) for plan in block.plans),
-                steps=tuple(text(step) for step in block.steps),
-                takeaway=text(block.takeaway),
-            )
-            for block in document.blocks
-        ),
-        conclusion=text(document.conclusion),
-    )
+    def block_texts(block: Block) -> BlockTexts:
+        plans, steps = ([text(span) for span in spans] for spans in (block.plans, block.steps))
+        return BlockTexts(plans, steps, text(block.takeaway))
+
+    return [block_texts(block) for block in document.blocks], text(document.conclusion)
 
 
-def _block_ids(block: BlockContent, vocabulary: Vocabulary) -> list[int]:
+def _block_ids(block: BlockTexts, vocabulary: Vocabulary) -> list[int]:
     newline = vocabulary.newline
     ids = [vocabulary.guideline_open, newline]
-    for index, plan in zip(vocabulary.index_ids, block.plans, strict=False):
+    for number, plan in enumerate(block.plans, start=1):
+        index = vocabulary.index_ids[number - 1]
         ids += [vocabulary.plan_open, *index, *plan, vocabulary.plan_close, newline]
     ids += [vocabulary.guideline_close, newline]
     for number, step in enumerate(block.steps, start=1):
@@ -83,15 +78,15 @@ def _block_ids(block: BlockContent, vocabulary: Vocabulary) -> list[int]:
     return [*ids, *vocabulary.takeaway_header, *block.takeaway, vocabulary.takeaway_close]
 
 
-def _problems(content: DocumentContent, vocabulary: Vocabulary) -> list[str]:
-    problems = [] if content.blocks else ["there is no block"]
-    texts = {"the conclusion": content.conclusion}
-    for number, block in enumerate(content.blocks, start=1):
+def _problems(blocks: Sequence[BlockTexts], conclusion: Ids, vocabulary: Vocabulary) -> list[str]:
+    problems = [] if blocks else ["there is no block"]
+    texts = {"the conclusion": conclusion}
+    for number, block in enumerate(blocks, start=1):
         num_plans, num_steps = len(block.plans), len(block.steps)
         if not 1 <= num_plans <= vocabulary.max_plans or num_steps != num_plans:
             problems.append(
-                f"block {number} has {num_plans} plans and {num_steps} steps where both counts must be "
-                f"equal and 1..{vocabulary.max_plans}"
+                f"block {number} has {num_plans} plans and {num_steps} steps; both must be equal "
+                f"and within 1..{vocabulary.max_plans}"
             )
         texts |= {f"plan {i} of block {number}": plan for i, plan in enumerate(block.plans, 1)}
         texts |= {f"step {i} of block {number}": step for i, step in enumerate(block.steps, 1)}
