@@ -15,8 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from npr_megatron.errors import InputError
 
@@ -41,13 +40,16 @@ class MetricsLine:
 
 
 class MetricsLog:
-    """Appends to a metrics file. A line cut off by a killed process is removed on opening."""
+    """Appends to a metrics file. A line cut off by a killed process is removed on opening.
+
+    The file is opened for each line, so it may be rewritten (cut back on resume) between two of
+    them.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _drop_unfinished_line(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Append one line and hand it to the operating system.
@@ -60,23 +62,8 @@ class MetricsLog:
                 raise ValueError(f"metric {name!r} is not named area/thing_unit; rename it")
         finite = {name: _finite_or_none(value) for name, value in values.items()}
         line = {"stage": stage, "step": step, "time_s": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file; writing afterwards is an error."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def read_metrics(path: str | Path) -> list[MetricsLine]:

@@ -75,7 +75,7 @@ class LiveView:
         self._last_line_s = float("-inf")
         resumed = f", resumed after {done}" if done else ""
         self._console.print(
-            Rule(Text(f"{name}  {num_steps} {unit}s{resumed}", "bold"), align="left")
+            Rule(Text(f"{name}  {_count(num_steps, unit)}{resumed}", "bold"), align="left")
         )
 
     def activity(self, text: str) -> None:
@@ -175,7 +175,7 @@ class _StageProgress:
 
     def closing_line(self) -> str:
         took = show_duration(time.monotonic() - self._started_s)
-        return f"{self.name}: {self._step - self._first} {self.unit}s in {took}"
+        return f"{self.name}: {_count(self._step - self._first, self.unit)} in {took}"
 
     def _rate_and_rest(self) -> str:
         elapsed, num_done = time.monotonic() - self._started_s, self._step - self._first
@@ -185,7 +185,11 @@ class _StageProgress:
         rest = show_duration(per_step * (self.num_steps - self._step))
         if per_step >= 1:
             return f"{per_step:.1f} s/{self.unit}, {rest} left"
-        return f"{1 / per_step:.1f} {self.unit}s/s, {rest} left"
+        return f"{_count(f'{1 / per_step:.1f}', self.unit)}/s, {rest} left"
+
+
+def _count(number: int | str, unit: str) -> str:
+    return f"{number} {unit}" if unit.endswith("ed") else f"{number} {unit}s"
 
 
 def show_value(value: float) -> str:

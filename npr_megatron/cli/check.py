@@ -1,0 +1,38 @@
+"""``npr check`` and ``npr schema``: judge and describe run files, on any machine, without torch."""
+
+from __future__ import annotations
+
+import json
+
+from npr_megatron.cli.options import Json, Overrides, RunFile, load_checked
+from npr_megatron.config.run import RunConfig
+
+
+def check(run_file: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Find every problem of a run file without starting anything.
+
+    Needs neither torch nor a GPU, so a login node can do it. Exit code 2 when there is a problem.
+
+    Examples:
+
+      npr check examples/quickstart/run.toml
+
+      npr check run.toml parallel.tp_size=2 zero.num_steps=3
+
+      npr check run.toml --json   (prints the resolved run)
+    """
+    config = load_checked(run_file, overrides or [])
+    if as_json:
+        print(config.model_dump_json(indent=2))
+    else:
+        print(f"{run_file}: no problem found")
+
+
+def schema() -> None:
+    """Print the JSON Schema of run files, for editors that complete and check TOML.
+
+    Example:
+
+      npr schema > run.schema.json
+    """
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
