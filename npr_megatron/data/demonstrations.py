@@ -1,0 +1,204 @@
+"""Seed demonstrations of the sums task: what an instruct model would have read, good and bad.
+
+Well-formed responses are rendered from ids by ``schema.render``, so a tag never passes through
+text. A hasty demonstration skips the last addend of about every second part; a broken one has
+exactly one defect in its form. Equal keys give equal demonstrations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+
+import numpy as np
+
+from npr_megatron.data.problems import Problem
+from npr_megatron.data.prompts import PromptBuilder
+from npr_megatron.data.samples import sft_sample
+from npr_megatron.data.sums import Parts, part_names, parts_of, results_of, work_of
+from npr_megatron.data.tokenizer import Tokenizer
+from npr_megatron.errors import ConfigError
+from npr_megatron.records.randomness import derive_seed, uniforms
+from npr_megatron.records.sample import TrainingSample
+from npr_megatron.schema.render import render
+from npr_megatron.schema.tags import Vocabulary
+from npr_megatron.topology.layout import plain_layout
+
+HASTY_FRAC = 0.5
+"""Share of the parts whose last addend a hasty demonstration skips."""
+
+
+class Kind(StrEnum):
+    """A kind of demonstration; the keys of a seed phase's ``mixture``."""
+
+    WELL_FORMED = "well_formed"  # one block, a step per part, the right answer
+    SEQUENTIAL = "sequential"  # the same work line by line, without tags
+    BROKEN = "broken"  # well-formed but for one defect
+    HASTY = "hasty"  # well-formed, work skipped
+    HASTY_SEQUENTIAL = "hasty_sequential"
+    HASTY_BROKEN = "hasty_broken"
+
+
+_HASTY = {Kind.HASTY, Kind.HASTY_SEQUENTIAL, Kind.HASTY_BROKEN}
+_SEQUENTIAL = {Kind.SEQUENTIAL, Kind.HASTY_SEQUENTIAL}
+_BROKEN = {Kind.BROKEN, Kind.HASTY_BROKEN}
+
+
+def demonstration_samples(
+    problems: Sequence[Problem],
+    mixture: Mapping[str, float],
+    tokenizer: Tokenizer,
+    prompts: PromptBuilder,
+    seed: int,
+) -> list[TrainingSample]:
+    """Return one sample per problem for plain causal training, kinds in the shares of ``mixture``.
+
+    ``seed`` and a problem's id decide its demonstration.
+
+    Raises:
+        ConfigError: ``mixture`` names an unknown kind or has no positive share.
+    """
+    samples = []
+    kinds = draw_kinds(mixture, len(problems), derive_seed("kinds", seed, problems[0].id))
+    for problem, kind in zip(problems, kinds, strict=True):
+        prompt = prompts.prompt_ids(problem)
+        key = derive_seed("demonstration", seed, problem.id)
+        ids = [*prompt, *demonstration(kind, problem.question, tokenizer, key)]
+        samples.append(sft_sample(ids, len(prompt), plain_layout(len(ids))))
+    return samples
+
+
+def draw_kinds(mixture: Mapping[str, float], count: int, key: int) -> list[Kind]:
+    """Return ``count`` kinds whose numbers match the shares as closely as whole numbers can.
+
+    Systematic sampling: one draw shifts an even comb over the cumulated shares.
+
+    Raises:
+        ConfigError: ``mixture`` names an unknown kind or has no positive share.
+    """
+    check_mixture(mixture)
+    cumulated = np.cumsum(list(mixture.values()))
+    comb = (np.arange(count) + _draws(key, 1)[0]) / count * cumulated[-1]
+    chosen = np.searchsorted(cumulated, comb, side="right").clip(max=len(mixture) - 1)
+    names = list(mixture)
+    return [Kind(names[index]) for index in chosen]
+
+
+def check_mixture(mixture: Mapping[str, float]) -> None:
+    """Refuse a mixture that cannot be drawn from.
+
+    Raises:
+        ConfigError: listing every unknown kind and negative share, or an empty mixture.
+    """
+    known = ", ".join(Kind)
+    problems = [
+        f"mixture kind {name!r} is unknown; choose among {known}"
+        for name in mixture
+        if name not in set(Kind)
+    ]
+    problems += [
+        f"the share of mixture kind {name!r} is {share}; give a share of 0 or more"
+        for name, share in mixture.items()
+        if share < 0
+    ]
+    if not problems and sum(mixture.values()) <= 0:
+        problems.append(f"a mixture needs a positive share of some kind; choose among {known}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def demonstration(kind: Kind, question: str, tokenizer: Tokenizer, key: int) -> list[int]:
+    """Return the response ids of one demonstration, end token included."""
+    parts = parts_of(question)
+    vocabulary = tokenizer.vocabulary
+    worked = _skip_work(parts, key) if kind in _HASTY else parts
+    if kind in _SEQUENTIAL:
+        return [*tokenizer.encode(_plain_text(worked)), vocabulary.eos]
+    ids = _well_formed(worked, tokenizer)
+    if kind in _BROKEN:
+        draw = _draws(derive_seed("defect", key), 1)[0]
+        ids = DEFECTS[int(draw * len(DEFECTS))](ids, vocabulary)
+    return ids
+
+
+def _well_formed(parts: Parts, tokenizer: Tokenizer) -> list[int]:
+    plans = [tokenizer.encode(name) for name in part_names(parts)]
+    steps = [tokenizer.encode(work_of(part)) for part in parts]
+    takeaway = tokenizer.encode(results_of(parts))
+    conclusion = tokenizer.encode(_boxed(parts))
+    return render([(plans, steps, takeaway)], conclusion, tokenizer.vocabulary)
+
+
+def _plain_text(parts: Parts) -> str:
+    lines = [
+        f"{name}:{work_of(part)}\n" for name, part in zip(part_names(parts), parts, strict=True)
+    ]
+    return "".join(lines) + _boxed(parts)
+
+
+def _boxed(parts: Parts) -> str:
+    return f"\\boxed{{{results_of(parts)}}}"
+
+
+def _skip_work(parts: Parts, key: int) -> Parts:
+    skipped = _draws(key, len(parts)) < HASTY_FRAC
+    return tuple(
+        part[:-1] if skip and len(part) > 1 else part
+        for part, skip in zip(parts, skipped, strict=True)
+    )
+
+
+def _draws(key: int, count: int) -> np.ndarray:
+    return uniforms(np.full(count, key, dtype=np.uint64), np.arange(count, dtype=np.uint64))
+
+
+def drop_guideline_close(ids: list[int], vocabulary: Vocabulary) -> list[int]:
+    """Leave the guideline open."""
+    at = ids.index(vocabulary.guideline_close)
+    return ids[:at] + ids[at + 2 :]
+
+
+def drop_last_step(ids: list[int], vocabulary: Vocabulary) -> list[int]:
+    """Leave the last plan without its step."""
+    start = _last(ids, vocabulary.step_open)
+    return ids[:start] + ids[ids.index(vocabulary.takeaway_open) :]
+
+
+def drop_step_close(ids: list[int], vocabulary: Vocabulary) -> list[int]:
+    """Leave the first step open."""
+    at = ids.index(vocabulary.step_close)
+    return ids[:at] + ids[at + 1 :]
+
+
+def drop_takeaway(ids: list[int], vocabulary: Vocabulary) -> list[int]:
+    """Go from the steps to the conclusion."""
+    start, end = ids.index(vocabulary.takeaway_open), ids.index(vocabulary.takeaway_close)
+    return ids[:start] + ids[end + 2 :]
+
+
+def repeat_step_number(ids: list[int], vocabulary: Vocabulary) -> list[int]:
+    """Number the last step like the one before it; a single step is numbered 2."""
+    number = ids.count(vocabulary.step_open)
+    header, wrong = vocabulary.step_header(number), number - 1 or 2
+    start = _last(ids, vocabulary.step_open)
+    return ids[:start] + list(vocabulary.step_header(wrong)) + ids[start + len(header) :]
+
+
+def drop_conclusion(ids: list[int], vocabulary: Vocabulary) -> list[int]:
+    """End after the takeaway, without an answer."""
+    end = _last(ids, vocabulary.takeaway_close)
+    return [*ids[: end + 2], vocabulary.eos]
+
+
+DEFECTS: tuple[Callable[[list[int], Vocabulary], list[int]], ...] = (
+    drop_guideline_close,
+    drop_last_step,
+    drop_step_close,
+    drop_takeaway,
+    repeat_step_number,
+    drop_conclusion,
+)
+
+
+def _last(ids: list[int], token_id: int) -> int:
+    return len(ids) - 1 - ids[::-1].index(token_id)

@@ -1,0 +1,80 @@
+"""Rewards of the two reinforcement stages (arXiv 2512.07461, sections 2.2 and 2.4).
+
+ZERO learns the format, NPR takes it for granted and learns the answer::
+
+    ZERO   format score in [-2, 0) if malformed, else +1 right, -1 wrong; every rollout counts
+    NPR    +1 right, -1 wrong; malformed rollouts are dropped, not punished
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from npr_megatron.records.trajectory import Trajectory
+from npr_megatron.rewards.answer import answers_match, boxed_answer
+from npr_megatron.rewards.reading import Reader, Reading
+from npr_megatron.rewards.structure import drop_reason
+from npr_megatron.topology.cursor import Convention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """The judgement of one rollout.
+
+    Example, a well-formed right answer::
+
+        Score(format_score=0.0, is_correct=True, reward=1.0, drop_reason="")
+    """
+
+    format_score: float
+    """0.0 if valid, else down to -2.0."""
+    is_correct: bool
+    """The boxed answer equals the reference, whatever the format."""
+    reward: float
+    drop_reason: str = ""
+    """Why the rollout must not be learnt from; empty if it may be."""
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the format is in order."""
+        return self.format_score == 0.0
+
+    @property
+    def kept(self) -> bool:
+        """Whether the rollout may be learnt from."""
+        return not self.drop_reason
+
+
+def score_zero(trajectory: Trajectory, answer: str, reader: Reader) -> Score:
+    """Judge a rollout of stage ZERO: the format first, then the answer."""
+    reading = reader.read(trajectory.response_ids)
+    is_correct = is_right(reading, answer)
+    return Score(
+        format_score=reading.format_score,
+        is_correct=is_correct,
+        reward=_sign(is_correct) if reading.is_valid else reading.format_score,
+    )
+
+
+def score_npr(
+    trajectory: Trajectory, answer: str, reader: Reader, convention: Convention = "canonical"
+) -> Score:
+    """Judge a rollout of stage NPR: the answer alone, behind the structural filter."""
+    reading = reader.read(trajectory.response_ids)
+    is_correct = is_right(reading, answer)
+    return Score(
+        format_score=reading.format_score,
+        is_correct=is_correct,
+        reward=_sign(is_correct),
+        drop_reason=drop_reason(trajectory, reader.vocabulary, convention),
+    )
+
+
+def is_right(reading: Reading, answer: str) -> bool:
+    """Whether the last box of a response holds the reference answer."""
+    found = boxed_answer(reading.text)
+    return found is not None and answers_match(found, answer)
+
+
+def _sign(is_correct: bool) -> float:
+    return 1.0 if is_correct else -1.0
