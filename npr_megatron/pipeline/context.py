@@ -1,0 +1,123 @@
+"""What every stage works with, and the moves all stages share: start or resume, push, log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from npr_megatron.config.run import RunConfig
+from npr_megatron.config.stages import StageName
+from npr_megatron.config.training import OptimizerConfig
+from npr_megatron.data.prompts import PromptBuilder
+from npr_megatron.data.tokenizer import Tokenizer
+from npr_megatron.evaluation.metrics import FaithfulCheck
+from npr_megatron.observability.metrics import MetricsLog
+from npr_megatron.pipeline.folder import RunFolder
+from npr_megatron.pipeline.ports import SampleSource, Trainer
+from npr_megatron.pipeline.versions import weight_version
+from npr_megatron.records.randomness import derive_seed
+from npr_megatron.records.request import GenerationRequest
+from npr_megatron.records.trajectory import DecodeMode, Trajectory
+from npr_megatron.report.live import LiveView
+from npr_megatron.report.tree import trajectory_tree
+from npr_megatron.rewards.reading import Reader
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """One run at work. Owned by the driver process."""
+
+    config: RunConfig
+    folder: RunFolder
+    trainer: Trainer
+    fleet: SampleSource
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    prompts: PromptBuilder
+    reader: Reader
+    is_faithful: FaithfulCheck | None
+    """Judges every step and takeaway where the task can tell."""
+    metrics: MetricsLog
+    view: LiveView
+
+    def start(
+        self,
+        stage: StageName,
+        *,
+        optimizer: OptimizerConfig,
+        first_step: int,
+        last_step: int,
+        initial: Path,
+        checkpoints: Path,
+    ) -> int:
+        """Make the trainer ready for the next of steps ``first_step`` + 1 .. ``last_step``.
+
+        Loads the last checkpoint where an earlier start left one, else ``initial`` weights.
+
+        Returns:
+            The last step already done.
+        """
+        num_steps = last_step - first_step
+        if not checkpoints.exists():
+            self.trainer.load_hf(initial)
+            self.trainer.begin_stage(optimizer, num_steps)
+            done = first_step
+        else:
+            self.trainer.begin_stage(optimizer, num_steps)
+            done = int(self.trainer.load(checkpoints)["step"])
+            self.view.note(f"{stage}: resumed after step {done}")
+        self.folder.rewind(stage, done)
+        return done
+
+    def push(self, stage: StageName, step: int) -> float:
+        """Move the trainer's weights into every engine; return the seconds it took."""
+        started = time.perf_counter()
+        self.fleet.push(self.trainer.publish(weight_version(self.config, stage, step)))
+        return time.perf_counter() - started
+
+    def record(self, stage: StageName, step: int, values: Mapping[str, float]) -> None:
+        """Log the metrics of one optimizer step and show them."""
+        self.metrics.write(stage, step, values)
+        self.view.advance(step, values)
+
+    def request(
+        self,
+        purpose: str,
+        prompt_id: str,
+        prompt_ids: tuple[int, ...],
+        rollout: int,
+        mode: DecodeMode,
+    ) -> GenerationRequest:
+        """Return the request for one rollout; ``purpose`` (stage and step) keys its randomness."""
+        sampling = self.config.sampling
+        return GenerationRequest(
+            prompt_id=prompt_id,
+            rollout=rollout,
+            prompt_ids=prompt_ids,
+            mode=mode,
+            max_new_tokens=sampling.max_new_tokens,
+            max_critical_path=sampling.max_critical_path,
+            seed=derive_seed(self.config.run.seed, purpose, prompt_id, rollout),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+        )
+
+    def keep_sample(
+        self, stage: StageName, step: int, trajectory: Trajectory, reward: float
+    ) -> None:
+        """Keep one trajectory for eyes: in the folder and on the terminal."""
+        pieces = self.tokenizer.pieces(trajectory.token_ids)
+        self.folder.append(
+            self.folder.samples,
+            {
+                "stage": stage,
+                "step": step,
+                "text": self.tokenizer.decode(trajectory.token_ids),
+                "trajectory": trajectory.to_json(),
+                "reward": reward,
+                "pieces": pieces,
+            },
+        )
+        self.view.show_sample(trajectory_tree(trajectory, pieces))

@@ -1,0 +1,151 @@
+"""The whole run: check, start the machines, go through the stages, measure, report.
+
+Run it again after any interruption and it goes on where it stopped: finished stages are skipped, an unfinished one
+resumes at its last checkpoint with the batch that comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from npr_megatron.config.check import check_files, check_run
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.run import RunConfig, SumsTask
+from npr_megatron.config.stages import STAGES, StageName
+from npr_megatron.data.prompts import PromptBuilder
+from npr_megatron.data.sources import ProblemSource, open_source
+from npr_megatron.data.sums import is_faithful
+from npr_megatron.data.sums_tokenizer import build_sums_tokenizer
+from npr_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from npr_megatron.errors import ConfigError, InputError
+from npr_megatron.launch.placement import place
+from npr_megatron.launch.preflight import require_environment
+from npr_megatron.launch.ray_cluster import RayCluster
+from npr_megatron.launch.trainers import TrainerGroup
+from npr_megatron.observability.metrics import MetricsLog, read_json_lines
+from npr_megatron.pipeline.context import RunContext
+from npr_megatron.pipeline.folder import RunFolder
+from npr_megatron.pipeline.stages import run_stage
+from npr_megatron.report.live import LiveView
+from npr_megatron.report.page import write_page
+from npr_megatron.report.table import stage_table
+from npr_megatron.rewards.reading import Reader
+from npr_megatron.rollout.fleet import Fleet
+from npr_megatron.weights.layout import trainer_layout
+
+
+def run_pipeline(
+    config: RunConfig, *, until: StageName | None = None, fresh: bool = False, view: LiveView
+) -> Path:
+    """Run all stages (or up to ``until``) that are not finished; return the run folder.
+
+    Raises:
+        ConfigError: sections of ``config`` contradict each other, or the machine lacks something;
+            every problem is listed, before anything is started.
+        InputError: a file, tokenizer or an earlier run in the folder is not what ``config`` says.
+    """
+    model, problems, tokenizer_folder = prepare(config)
+    folder = RunFolder.of(config)
+    folder.open(config, fresh=fresh)
+    if tokenizer_folder is None:
+        tokenizer_folder = folder.path / "tokenizer"
+        build_sums_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder, max_plans=config.engine.max_plans)
+    _require_rows(model, tokenizer)
+    wanted = STAGES[: STAGES.index(until) + 1] if until else STAGES
+    if config.seed_stage is None:
+        wanted = tuple(stage for stage in wanted if stage != "seed")
+    open_stages = [stage for stage in wanted if stage not in folder.finished()]
+    if open_stages:
+        with _at_work(config, model, folder, tokenizer, tokenizer_folder, view) as context:
+            for stage in open_stages:
+                run_stage(context, problems, stage)
+    _report(folder, view)
+    return folder.path
+
+
+def prepare(config: RunConfig) -> tuple[ModelConfig, ProblemSource, Path | None]:
+    """Check everything that can be checked without starting anything.
+
+    Returns:
+        The architecture, the problems, and the tokenizer's folder (None: the run writes its own).
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    architecture, faults = check_files(config)
+    faults = [*faults, *check_run(config, architecture)]
+    if faults:
+        raise ConfigError(faults)
+    model = config.model.architecture or architecture
+    assert model is not None, "check_run demands a model"
+    require_environment(config, model)
+    folder = Path(config.model.path) if config.model.path else None
+    return model, open_source(config.task, config.run.seed), folder
+
+
+@contextmanager
+def _at_work(
+    config: RunConfig,
+    model: ModelConfig,
+    folder: RunFolder,
+    tokenizer: Tokenizer,
+    tokenizer_folder: Path,
+    view: LiveView,
+) -> Iterator[RunContext]:
+    """Start Ray, the trainer ranks and the fleet; stop them all on the way out."""
+    placement = place(config.parallel, config.fleet, config.cluster)
+    layout = trainer_layout(model, config.parallel)
+    with (
+        RayCluster(config.cluster, placement) as cluster,
+        TrainerGroup(
+            cluster.trainer_seats,
+            model=model,
+            parallel=config.parallel,
+            trainer=config.trainer,
+            run_id=folder.path.name,
+            arena_dir=config.cluster.arena_dir,
+        ) as trainer,
+        Fleet(
+            cluster.replica_seats,
+            model,
+            config.engine,
+            config.fleet,
+            tokenizer.vocabulary,
+            source=layout,
+        ) as fleet,
+    ):
+        view.note(f"replicas: process ids {', '.join(map(str, fleet.pids))}")
+        yield RunContext(
+            config=config,
+            folder=folder,
+            trainer=trainer,
+            fleet=fleet,
+            tokenizer=tokenizer,
+            tokenizer_folder=tokenizer_folder,
+            prompts=PromptBuilder(tokenizer),
+            reader=Reader(tokenizer.decode, tokenizer.vocabulary),
+            is_faithful=is_faithful if isinstance(config.task, SumsTask) else None,
+            metrics=MetricsLog(folder.metrics),
+            view=view,
+        )
+
+
+def _require_rows(model: ModelConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.num_tokens > model.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.num_tokens} tokens and the model {model.vocab_size} "
+            "embedding rows; use the tokenizer the model was made with, or raise vocab_size"
+        )
+
+
+def _report(folder: RunFolder, view: LiveView) -> None:
+    evaluations = read_json_lines(folder.evaluations) if folder.evaluations.exists() else []
+    if evaluations:
+        view.show(stage_table(evaluations))
+    view.note(f"report: {write_page(folder.path)}")
+    exported = [stage for stage in folder.finished() if folder.hf(stage).exists()]
+    if exported:
+        view.note(f"try it: npr generate {folder.hf(exported[-1])}")
