@@ -1,4 +1,4 @@
-"""The run folder: where a run keeps what it has finished, so that a second start goes on from there.
+"""The run folder: what a run has finished, so that a second start goes on from there.
 
     config.json        the resolved run
     state.json         finished stages
@@ -8,8 +8,8 @@
     stages/<name>/     checkpoints/ while it runs, hf/ when it is done
     report.html
 
-Files that decide where to resume are replaced atomically; logs are appended and cut back to the last
-checkpoint on resume, so a step is never counted twice.
+Files that decide where to resume are replaced atomically; logs are appended, and cut back to the
+last checkpoint on resume, so a step is never counted twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An engine in this process on an exported model: for ``npr generate`` and for speed measurements."""
+"""An engine in this process on an exported model: for ``npr generate`` and speed measurements."""
 
 from __future__ import annotations
 

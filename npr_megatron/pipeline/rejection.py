@@ -1,7 +1,7 @@
 """Rejection sampling: keep one correct, well-formed trajectory per problem (paper section 2.3).
 
-Rounds are fixed by their number alone (problems, seeds), and the accepted trajectories of a finished round are
-on disk before the next one starts: a killed run repeats at most one round and accepts the same samples.
+Rounds are fixed by their number alone (problems, seeds), and the accepted trajectories of a round
+are on disk before the next one starts: a killed run repeats at most one round, with equal results.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def run_rejection(context: RunContext, problems: ProblemSource, version: int) ->
     """Sample from the weights the fleet holds until ``sample.num_accepted`` trajectories are kept.
 
     Raises:
-        InputError: twice the rounds that a perfect policy needs have passed without enough acceptances,
-            counting one trial each; the policy is too weak to distil from.
+        InputError: too few are accepted in eight times the rounds a perfect policy needs; the
+            policy is too weak to distil from.
     """
     settings = context.config.sample
     path = accepted_path(context)
@@ -49,8 +49,8 @@ def run_rejection(context: RunContext, problems: ProblemSource, version: int) ->
         number += 1
         if number > limit:
             raise InputError(
-                f"rejection sampling was to keep {settings.num_accepted} trajectories; {accepted} were "
-                f"accepted in {limit} rounds; train ZERO longer or lower sample.num_accepted"
+                f"rejection sampling was to keep {settings.num_accepted} trajectories; {accepted} "
+                f"were accepted in {limit} rounds; train ZERO longer or lower sample.num_accepted"
             )
         chosen = problems.problems_for_step("sample", number, settings.prompts_per_round)
         kept, trials = accept_round(context, chosen, version)
@@ -70,7 +70,7 @@ def run_rejection(context: RunContext, problems: ProblemSource, version: int) ->
 def accept_round(
     context: RunContext, chosen: Sequence[Problem], version: int
 ) -> tuple[list[Trajectory], int]:
-    """Try each problem up to ``sample.max_trials`` times; return what was accepted and the trials made."""
+    """Try each problem up to ``sample.max_trials`` times; return what was kept and the trials."""
     open_problems = list(chosen)
     accepted: list[Trajectory] = []
     trials = 0

@@ -1,10 +1,13 @@
-"""The reinforcement loop: rollouts, rewards, advantages, one update, push. ZERO and NPR differ in a row of choices.
+"""The reinforcement loop: rollouts, rewards, advantages, one update, push.
 
-    ZERO  sequential rollouts, format + answer reward, DAPO           (paper section 2.2)
-    NPR   branch-parallel rollouts, structural filter, PAPO           (paper section 2.4, Eq. 5 and 6)
+ZERO and NPR differ in a row of choices::
 
-Every rollout batch gives one update on the policy that sampled it, so trainer and engine must agree on the
-log-probability of each sampled token; the gap is measured on every step and stops the run above its limit.
+    ZERO  sequential rollouts, format + answer reward, DAPO     (paper section 2.2)
+    NPR   branch-parallel rollouts, structural filter, PAPO     (paper section 2.4, Eq. 5, 6)
+
+Every rollout batch gives one update on the policy that sampled it, so trainer and engine must agree
+on the log-probability of each sampled token; the trainer measures the gap on every step and stops
+the run above its limit.
 """
 
 from __future__ import annotations

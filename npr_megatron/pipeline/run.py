@@ -1,7 +1,7 @@
 """The whole run: check, start the machines, go through the stages, measure, report.
 
-Run it again after any interruption and it goes on where it stopped: finished stages are skipped, an unfinished one
-resumes at its last checkpoint with the batch that comes next.
+Run it again after any interruption and it goes on where it stopped: finished stages are skipped, an
+unfinished one resumes at its last checkpoint with the batch that comes next.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _at_work(
             tokenizer=tokenizer,
             tokenizer_folder=tokenizer_folder,
             prompts=PromptBuilder(tokenizer),
-            reader=Reader(tokenizer.decode, tokenizer.vocabulary),
+            reader=Reader(tokenizer.vocabulary, tokenizer.decode),
             is_faithful=is_faithful if isinstance(config.task, SumsTask) else None,
             metrics=MetricsLog(folder.metrics),
             view=view,

@@ -1,7 +1,7 @@
-"""The seed model: a small stand-in for an instruct model, trained through the same supervised path.
+"""The seed model: a small stand-in for an instruct model, trained by the same supervised path.
 
-It can do the task but keeps the schema only now and then. Trained once per description (architecture, task,
-phases, seed) and cached beside the runs, since it is no part of the method.
+It can do the task but keeps the schema only now and then. Trained once per description
+(architecture, task, phases, seed) and cached beside the runs: it is no part of the method.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from npr_megatron.records.sample import TrainingSample
 
 
 def train_seed(context: RunContext, problems: ProblemSource) -> None:
-    """Leave the trainer holding the seed model: from the cache, or phase by phase from random weights."""
+    """Leave the trainer holding the seed model: cached, or trained phase by phase from scratch."""
     cached = cached_seed(context.config)
     if cached.exists():
         context.view.note(f"seed: taken from {cached}")

@@ -1,4 +1,4 @@
-"""The supervised loop: batches in, optimizer steps, checkpoints. Used by the seed model and by BETA."""
+"""The supervised loop of the seed model and of BETA: batches, optimizer steps, checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sft_steps(
 ) -> None:
     """Run optimizer steps ``first_step`` + 1 .. ``last_step`` of a stage.
 
-    ``samples_for(step)`` must depend on the step alone, so that a resumed run sees the same batches.
+    ``samples_for(step)`` must depend on the step alone: a resumed run sees the same batches.
     """
     config = context.config
     every = config.checkpoint.every_sft_steps

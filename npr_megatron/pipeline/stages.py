@@ -1,7 +1,7 @@
 """The stages one by one: seed model, ZERO, rejection sampling, BETA, NPR (paper section 2).
 
-Each takes the model an earlier one exported and exports its own; none needs another's memory. BETA starts
-from the seed, not from ZERO: ZERO only supplies data (paper footnote 5).
+Each takes the model an earlier one exported and exports its own; none needs another's memory. BETA
+starts from the seed, not from ZERO: ZERO only supplies data (paper footnote 5).
 """
 
 from __future__ import annotations

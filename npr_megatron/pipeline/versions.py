@@ -7,7 +7,7 @@ from npr_megatron.config.stages import STAGES, StageName
 
 
 def weight_version(config: RunConfig, stage: StageName, step: int) -> int:
-    """Return the version of the weights after ``step`` optimizer steps of ``stage`` (0 = its start)."""
+    """Return the version of the weights after ``step`` steps of ``stage``; 0 is its start."""
     version = 1
     for name in STAGES:
         if name == stage:
