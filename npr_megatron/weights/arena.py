@@ -1,0 +1,257 @@
+"""A file of shared memory through which one source rank publishes its storages.
+
+Two slots alternate, so version v stays readable while v + 1 is written. Each slot begins with a
+header that names what it holds; the version is cleared before the first byte of a new version is
+written and set after the last, hence a reader that finds the same header before and after its
+copies has read one version. The whole file is reserved when it is created: later writes cannot
+fail for lack of memory. Its owner holds a lock on it while it lives, so an arena that nobody has
+locked is garbage and may be replaced.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from npr_megatron.errors import EnvironmentFault, InputError, StaleWeightsError
+from npr_megatron.weights.tiles import RankLayout
+
+NUM_SLOTS = 2
+_HEADER = struct.Struct("<8sq64s16sQ")
+_HEADER_BYTES = 4096  # one page
+_ALIGNMENT = 64  # a cache line: no two storages share one
+_MAGIC = b"NPRARENA"
+_RUN_ID = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class SlotHeader:
+    """What a slot holds."""
+
+    version: int
+    """Negative while nothing complete is there."""
+    layout_id: str = ""
+    dtype: str = ""
+    digest_share: int = 0
+
+
+EMPTY = SlotHeader(-1)
+
+
+def arena_bytes(rank_layout: RankLayout, dtype: torch.dtype) -> int:
+    """Return the bytes of shared memory that one source rank's arena takes."""
+    return NUM_SLOTS * _slot_bytes(rank_layout, dtype)
+
+
+def arena_path(arena_dir: str | Path, run_id: str, rank: int) -> Path:
+    """Return where rank ``rank`` of run ``run_id`` publishes."""
+    return Path(arena_dir) / f"npr-{_checked(run_id)}-rank{rank:05d}.arena"
+
+
+def remove_arenas(arena_dir: str | Path, run_id: str) -> int:
+    """Delete what killed processes of a run left behind; return the number of files."""
+    pattern = re.compile(rf"npr-{re.escape(_checked(run_id))}-rank\d{{5}}\.arena")
+    left = [path for path in Path(arena_dir).iterdir() if pattern.fullmatch(path.name)]
+    return sum(_remove_if_dead(path) for path in left)
+
+
+class Arena:
+    """A mapped arena, as readers see it. Their mapping is private: they cannot write."""
+
+    def __init__(
+        self, mapping: mmap.mmap, rank_layout: RankLayout, dtype: torch.dtype, inode: int
+    ) -> None:
+        self._inode = inode
+        self._mapping = mapping
+        self._slot_bytes = _slot_bytes(rank_layout, dtype)
+        self._views = tuple(
+            _views(mapping, slot * self._slot_bytes, rank_layout, dtype)
+            for slot in range(NUM_SLOTS)
+        )
+
+    @classmethod
+    def open(cls, path: str | Path, rank_layout: RankLayout, dtype: torch.dtype) -> Arena:
+        """Map an existing arena.
+
+        Raises:
+            StaleWeightsError: it is gone, or was made for another layout or dtype.
+        """
+        size = arena_bytes(rank_layout, dtype)
+        try:
+            with Path(path).open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_size == size:
+                    # Copy-on-write maps the same pages as long as nobody writes through it.
+                    mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+                    return cls(mapping, rank_layout, dtype, status.st_ino)
+        except OSError as error:
+            raise StaleWeightsError(
+                f"arena {path} cannot be read ({error}); its owner is gone, publish again"
+            ) from error
+        raise StaleWeightsError(
+            f"arena {path} has {status.st_size} bytes, its layout in {dtype} takes {size}; "
+            "read it with the layout and dtype of its publication"
+        )
+
+    def is_at(self, path: str | Path) -> bool:
+        """Return whether the mapped file is still the one at ``path``.
+
+        A replacement has another inode: the mapping keeps the old one from being reused.
+        """
+        try:
+            return os.stat(path).st_ino == self._inode
+        except FileNotFoundError:
+            return False
+
+    def header(self, slot: int) -> SlotHeader:
+        """Return what ``slot`` holds at this moment."""
+        magic, version, layout_id, dtype, digest_share = _HEADER.unpack_from(
+            self._mapping, slot * self._slot_bytes
+        )
+        if magic != _MAGIC or version < 0:
+            return EMPTY
+        return SlotHeader(version, layout_id.decode(), dtype.rstrip(b"\0").decode(), digest_share)
+
+    def storages(self, slot: int) -> dict[str, Tensor]:
+        """Return views of the storages in ``slot``."""
+        return self._views[slot]
+
+    def write_header(self, slot: int, header: SlotHeader) -> None:
+        """State what ``slot`` holds; for the owner."""
+        _HEADER.pack_into(
+            self._mapping,
+            slot * self._slot_bytes,
+            _MAGIC,
+            header.version,
+            header.layout_id.encode(),
+            header.dtype.encode(),
+            header.digest_share,
+        )
+
+
+class OwnedArena:
+    """The arena of a source rank: created by it, written by it, deleted by ``close``."""
+
+    def __init__(self, path: Path, rank_layout: RankLayout, dtype: torch.dtype) -> None:
+        """Reserve the memory and map it; replaces an arena whose owner is dead.
+
+        Raises:
+            EnvironmentFault: no room, no such folder, or a living process owns this arena.
+        """
+        self.path = path
+        size = arena_bytes(rank_layout, dtype)
+        self._lock = _reserve(path, size)
+        mapping = mmap.mmap(self._lock, size, access=mmap.ACCESS_WRITE)
+        self._arena = Arena(mapping, rank_layout, dtype, os.fstat(self._lock).st_ino)
+        self._current = NUM_SLOTS - 1
+
+    @property
+    def version(self) -> int:
+        """The newest complete version, negative if there is none."""
+        return self._arena.header(self._current).version
+
+    def begin(self) -> dict[str, Tensor]:
+        """Empty the older slot and return its storages, to be filled before ``finish``."""
+        self._current = (self._current + 1) % NUM_SLOTS
+        self._arena.write_header(self._current, EMPTY)
+        return self._arena.storages(self._current)
+
+    def finish(self, header: SlotHeader) -> None:
+        """Declare the slot of the last ``begin`` complete."""
+        self._arena.write_header(self._current, header)
+
+    def close(self) -> None:
+        """Delete the file. The memory is freed when the last reader drops its mapping."""
+        if self._lock >= 0:
+            self.path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _checked(run_id: str) -> str:
+    if not _RUN_ID.fullmatch(run_id):
+        raise InputError(
+            f"run id {run_id!r} becomes part of a file name; use letters, digits, '.', '_', '-'"
+        )
+    return run_id
+
+
+def _storage_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Return the room of one storage, rounded up to the alignment."""
+    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def _slot_bytes(rank_layout: RankLayout, dtype: torch.dtype) -> int:
+    payload = sum(_storage_bytes(storage.shape, dtype) for storage in rank_layout.storages)
+    return _HEADER_BYTES + -(-payload // _HEADER_BYTES) * _HEADER_BYTES
+
+
+def _views(
+    mapping: mmap.mmap, offset: int, rank_layout: RankLayout, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    offset += _HEADER_BYTES
+    views: dict[str, Tensor] = {}
+    for storage in rank_layout.storages:
+        count = math.prod(storage.shape)
+        flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset)
+        views[storage.name] = flat.view(storage.shape)
+        offset += _storage_bytes(storage.shape, dtype)
+    return views
+
+
+def _reserve(path: Path, size: int) -> int:
+    """Create, lock and fill the file with reserved memory; return its open descriptor.
+
+    Without the reservation a full tmpfs shows up as SIGBUS in the middle of a copy.
+    """
+    try:
+        _remove_if_dead(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise EnvironmentFault(
+            f"arena {path} belongs to a living process; another run has the same name, "
+            "stop it or rename this one"
+        ) from error
+    except OSError as error:
+        raise EnvironmentFault(
+            f"arena {path} cannot be created ({error}); set cluster.arena_dir to a writable "
+            "memory-backed folder"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        room = os.statvfs(path.parent)
+        path.unlink()
+        os.close(descriptor)
+        raise EnvironmentFault(
+            f"arena {path} needs {size} bytes, {path.parent} has "
+            f"{room.f_bavail * room.f_frsize} free ({error}); free memory there, enlarge it or "
+            "set cluster.arena_dir"
+        ) from error
+    return descriptor
+
+
+def _remove_if_dead(path: Path) -> bool:
+    """Delete the arena at ``path`` unless its owner lives; return whether it was deleted."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

@@ -1,0 +1,1 @@
+"""What moves bytes: each executor carries out any ``TransferPlan`` and decides nothing itself."""
