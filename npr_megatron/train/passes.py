@@ -118,10 +118,9 @@ def add_up(share: Tensor, *, counts: bool) -> Sums:
         counts: False where another rank reports the same tokens (not the last stage, or not the
             first of its tensor-parallel group).
     """
-    world_size = dist.get_world_size()
-    gathered = torch.empty(world_size * len(share), device=share.device)
-    dist.all_gather_into_tensor(gathered, share if counts else torch.zeros_like(share))
-    shares = gathered.view(world_size, -1).double().cpu().numpy()
+    gathered = [torch.empty_like(share) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, share if counts else torch.zeros_like(share))
+    shares = torch.stack(gathered).double().cpu().numpy()
     loss, gap, logprob, _ = shares.sum(0)
     return Sums(
         loss=float(loss),

@@ -20,7 +20,7 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import OptimizerConfig, ParallelConfig, TrainerConfig
 from npr_megatron.errors import DivergenceError
 from npr_megatron.model.build import build_stage
-from npr_megatron.model.storages import check_storages, stage_storages
+from npr_megatron.model.storages import stage_storages
 from npr_megatron.model.transformer_config import DTYPES
 from npr_megatron.records.sample import FloatArray
 from npr_megatron.runtime import process_group
@@ -31,7 +31,9 @@ from npr_megatron.train.optimizer import build_optimizer, take_step
 from npr_megatron.train.passes import Sums, add_up, backward_losses, forward_logprobs
 from npr_megatron.train.schedule import learning_rate
 from npr_megatron.train.step import StepBatch, StepResult, check_microbatches
+from npr_megatron.weights.hf import read_hf
 from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.storages import check_storages, load_tiles
 
 
 class TrainerRank:
@@ -55,22 +57,41 @@ class TrainerRank:
 
         Raises:
             ConfigError: the number of ranks is not what ``parallel`` asks for.
-            LayoutError: the model cannot be laid out as ``parallel`` asks.
+            LayoutError: the model cannot be laid out as ``parallel`` asks, or Megatron built other
+                parameters than ``weights.layout`` plans with.
         """
         self._model, self._parallel, self._trainer = model, parallel, trainer
         self._run_id, self._arena_dir = run_id, arena_dir
         self._dtype = DTYPES[trainer.dtype]
         self._layout = trainer_layout(model, parallel)
+        self._own_layout = self._layout.ranks[info.rank]
         with device_scope():
             self._place = process_group.start(info, parallel)
             self._gpt, self._wrapped = build_stage(model, parallel, self._dtype, self._place)
         self._gpt.config.finalize_model_grads_func = finalize_model_grads
         self._storages = stage_storages(self._gpt)
-        check_storages(self._storages, self._layout.ranks[info.rank], info.rank)
+        check_storages(self._own_layout, self._storages)
         self._optimizer: MegatronOptimizer | None = None
         self._optimizer_config: OptimizerConfig | None = None
         self._num_steps = 0
         self._step = 0
+
+    @property
+    def storages(self) -> dict[str, torch.Tensor]:
+        """This rank's live weights, named and shaped as ``weights.layout.trainer_layout`` plans."""
+        return self._storages
+
+    def load_hf(self, path: str | os.PathLike[str]) -> None:
+        """Replace the weights by those of an HF folder; ends the training stage, if one had begun.
+
+        Every rank reads its own shards only.
+
+        Raises:
+            InputError: the folder does not hold this architecture.
+        """
+        with read_hf(os.fspath(path), self._model) as checkpoint:
+            load_tiles(self._own_layout, checkpoint.read, self._storages)
+        self._optimizer = self._optimizer_config = None
 
     def begin_stage(self, optimizer: OptimizerConfig, num_steps: int) -> None:
         """Start a training stage of ``num_steps`` from the weights as they are, without momentum."""

@@ -1,0 +1,85 @@
+"""Run a function on several ranks, each a forked process of a server that has imported Megatron.
+
+The server is clean: a child of the test process itself could not run backward once any test had
+(autograd refuses to work across fork). Rendezvous is a file, so nothing needs a port. Warnings are
+errors in the ranks too, except those named here.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_FOREIGN_WARNINGS = (
+    # megatron-core 0.16.1, about itself
+    r"full scope is deprecated",
+    r"MLP requires ffn_hidden_size",
+    r"Warning: tp_group is None",
+    r"When using sequence parallelism it is recommended",
+    r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",  # the optimizer's shards are views
+)
+_PRELOAD = ["npr_megatron.train.rank"]
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, folder: Path, *args: Any, timeout_s: float = 120
+) -> list[Any]:
+    """Return ``function(rank, world_size, init_method, *args)`` of every rank, in rank order.
+
+    Raises:
+        AssertionError: a rank raised (its traceback is in the message) or took longer than allowed.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    folder = folder / f"ranks-{time.monotonic_ns()}"
+    folder.mkdir()
+    ranks = [
+        context.Process(target=_run_rank, args=(function, rank, world_size, folder, args))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        _wait(ranks, folder, time.monotonic() + timeout_s)
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _wait(ranks: list[Any], folder: Path, deadline: float) -> None:
+    while any(process.exitcode is None for process in ranks):
+        if any(process.exitcode for process in ranks) or time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    if any(process.exitcode != 0 for process in ranks):
+        time.sleep(0.3)  # the others' tracebacks usually name the first cause
+        failures = [file.read_text() for file in sorted(folder.glob("error-*"))]
+        codes = [process.exitcode for process in ranks]
+        raise AssertionError(f"ranks ended with {codes}\n" + "\n".join(failures))
+
+
+def _run_rank(
+    function: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple[Any, ...]
+) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for message in _FOREIGN_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            result = function(rank, world_size, f"file://{folder}/rendezvous", *args)
+    except BaseException:  # whatever it was, the test process must see it
+        (folder / f"error-{rank}").write_text(f"--- rank {rank}\n{traceback.format_exc()}")
+        raise SystemExit(1) from None
+    (folder / f"result-{rank}").write_bytes(pickle.dumps(result))

@@ -1,0 +1,139 @@
+"""What ranks do in these tests. Megatron is imported in the ranks only, so collecting stays fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.training import OptimizerConfig, ParallelConfig, TrainerConfig
+from npr_megatron.train.step import StepBatch, StepResult
+from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.names import canonical_parameters
+
+MODEL = ModelConfig(
+    num_hidden_layers=4,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=48,
+    vocab_size=64,
+    tie_word_embeddings=True,
+)
+ONE_RANK = ParallelConfig()
+TRAINER = TrainerConfig(max_logprob_gap=100.0)
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup_steps=2, clip_grad=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One trainer's life: load, maybe resume, train, maybe save."""
+
+    hf_folder: Path
+    model: ModelConfig = MODEL
+    parallel: ParallelConfig = ONE_RANK
+    trainer: TrainerConfig = TRAINER
+    optimizer: OptimizerConfig = OPTIMIZER
+    num_steps: int = 10
+    load_from: Path | None = None
+    batches: tuple[StepBatch, ...] = ()
+    save_to: Path | None = None
+    score: StepBatch | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a rank saw, and what it held at the end."""
+
+    results: list[StepResult] = field(default_factory=list)
+    storages: dict[str, np.ndarray] = field(default_factory=dict)
+    progress: dict[str, Any] | None = None
+    logprobs: list[np.ndarray] = field(default_factory=list)
+
+
+def open_rank(rank: int, world_size: int, init_method: str, job: Job) -> Any:
+    """Return a trainer rank with weights loaded and a stage begun."""
+    from npr_megatron.train.rank import RankInfo, TrainerRank
+
+    info = RankInfo(rank=rank, world_size=world_size, init_method=init_method)
+    trainer = TrainerRank(
+        info,
+        model=job.model,
+        parallel=job.parallel,
+        trainer=job.trainer,
+        run_id="test",
+        arena_dir=str(job.hf_folder),
+    )
+    trainer.load_hf(job.hf_folder)
+    trainer.begin_stage(job.optimizer, job.num_steps)
+    return trainer
+
+
+def train(rank: int, world_size: int, init_method: str, job: Job) -> Outcome:
+    """Do the whole job."""
+    trainer = open_rank(rank, world_size, init_method, job)
+    progress = trainer.load(job.load_from) if job.load_from else None
+    results = [trainer.train_step(batch) for batch in job.batches]
+    if job.save_to:
+        trainer.save(job.save_to, {"trained": len(results)})
+    outcome = Outcome(
+        results=results,
+        storages={name: tensor.clone().numpy() for name, tensor in trainer.storages.items()},
+        progress=progress,
+        logprobs=trainer.score(job.score) if job.score else [],
+    )
+    trainer.close()
+    return outcome
+
+
+def gradients(rank: int, world_size: int, init_method: str, job: Job) -> dict[str, np.ndarray]:
+    """Return the gradient of the first batch by storage; complete where dp_size is 1."""
+    from megatron.core.distributed import finalize_model_grads
+
+    from npr_megatron.model.build import build_stage
+    from npr_megatron.model.storages import stage_parameters
+    from npr_megatron.model.transformer_config import DTYPES
+    from npr_megatron.runtime import process_group
+    from npr_megatron.runtime.device import device_scope
+    from npr_megatron.train.passes import backward_losses
+    from npr_megatron.weights.hf import read_hf
+    from npr_megatron.weights.layout import trainer_layout
+    from npr_megatron.weights.storages import load_tiles
+
+    info = process_group.RankInfo(rank=rank, world_size=world_size, init_method=init_method)
+    dtype = DTYPES[job.trainer.dtype]
+    with device_scope():
+        place = process_group.start(info, job.parallel)
+        gpt, wrapped = build_stage(job.model, job.parallel, dtype, place)
+        gpt.config.finalize_model_grads_func = finalize_model_grads
+        parameters = stage_parameters(gpt)
+        with read_hf(job.hf_folder, job.model) as checkpoint:
+            layout = trainer_layout(job.model, job.parallel).ranks[rank]
+            load_tiles(layout, checkpoint.read, {n: p.detach() for n, p in parameters.items()})
+        wrapped.zero_grad_buffer()
+        (batch,) = job.batches
+        backward_losses(wrapped, batch.microbatches, batch.loss, job.model, dtype)
+    process_group.stop()
+    return {name: parameter.main_grad.clone().numpy() for name, parameter in parameters.items()}
+
+
+def whole_model(
+    per_rank: list[dict[str, np.ndarray]], model: ModelConfig, parallel: ParallelConfig
+) -> dict[str, np.ndarray]:
+    """Return canonical tensors from what the ranks hold; replicas must be equal bit by bit."""
+    layout = trainer_layout(model, parallel)
+    tensors = {
+        parameter.name: np.full(parameter.shape, np.nan, np.float32)
+        for parameter in canonical_parameters(model)
+    }
+    for rank_layout, held in zip(layout.ranks, per_rank, strict=True):
+        for tile in rank_layout.tiles:
+            target = tensors[tile.parameter][tile.box.slices]
+            values = held[tile.storage][tile.storage_box.slices]
+            assert np.isnan(target).all() or np.array_equal(target, values), tile
+            target[...] = values
+    return tensors
