@@ -12,13 +12,14 @@ from enum import StrEnum
 
 import numpy as np
 
+from npr_megatron.data.draws import draws
 from npr_megatron.data.problems import Problem
 from npr_megatron.data.prompts import PromptBuilder
 from npr_megatron.data.samples import sft_sample
 from npr_megatron.data.sums import Parts, part_names, parts_of, results_of, work_of
 from npr_megatron.data.tokenizer import Tokenizer
 from npr_megatron.errors import ConfigError
-from npr_megatron.records.randomness import derive_seed, uniforms
+from npr_megatron.records.randomness import derive_seed
 from npr_megatron.records.sample import TrainingSample
 from npr_megatron.schema.render import render
 from npr_megatron.schema.tags import Vocabulary
@@ -78,7 +79,7 @@ def draw_kinds(mixture: Mapping[str, float], count: int, key: int) -> list[Kind]
     """
     check_mixture(mixture)
     cumulated = np.cumsum(list(mixture.values()))
-    comb = (np.arange(count) + _draws(key, 1)[0]) / count * cumulated[-1]
+    comb = (np.arange(count) + draws(key, 1)[0]) / count * cumulated[-1]
     chosen = np.searchsorted(cumulated, comb, side="right").clip(max=len(mixture) - 1)
     names = list(mixture)
     return [Kind(names[index]) for index in chosen]
@@ -116,8 +117,8 @@ def demonstration(kind: Kind, question: str, tokenizer: Tokenizer, key: int) -> 
         return [*tokenizer.encode(_plain_text(worked)), vocabulary.eos]
     ids = _well_formed(worked, tokenizer)
     if kind in _BROKEN:
-        draw = _draws(derive_seed("defect", key), 1)[0]
-        ids = DEFECTS[int(draw * len(DEFECTS))](ids, vocabulary)
+        choice = int(draws(derive_seed("defect", key), 1)[0] * len(DEFECTS))
+        ids = DEFECTS[choice](ids, vocabulary)
     return ids
 
 
@@ -141,15 +142,11 @@ def _boxed(parts: Parts) -> str:
 
 
 def _skip_work(parts: Parts, key: int) -> Parts:
-    skipped = _draws(key, len(parts)) < HASTY_FRAC
+    skipped = draws(key, len(parts)) < HASTY_FRAC
     return tuple(
         part[:-1] if skip and len(part) > 1 else part
         for part, skip in zip(parts, skipped, strict=True)
     )
-
-
-def _draws(key: int, count: int) -> np.ndarray:
-    return uniforms(np.full(count, key, dtype=np.uint64), np.arange(count, dtype=np.uint64))
 
 
 def drop_guideline_close(ids: list[int], vocabulary: Vocabulary) -> list[int]:

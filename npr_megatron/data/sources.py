@@ -8,10 +8,11 @@ from typing import Protocol
 import numpy as np
 
 from npr_megatron.config.run import PromptFileTask, SumsTask
+from npr_megatron.data.draws import draws
 from npr_megatron.data.problems import Problem, read_jsonl
 from npr_megatron.data.sums import SumsSource
 from npr_megatron.errors import InputError
-from npr_megatron.records.randomness import derive_seed, uniforms
+from npr_megatron.records.randomness import derive_seed
 
 
 class ProblemSource(Protocol):
@@ -72,9 +73,7 @@ class FileSource:
             )
         epoch, index = divmod(step, len(self._train) // count)
         key = derive_seed("problem order", self._seed, stage, epoch)
-        order = np.argsort(
-            uniforms(np.uint64(key), np.arange(len(self._train), dtype=np.uint64)), kind="stable"
-        )
+        order = np.argsort(draws(key, len(self._train)), kind="stable")
         return [self._train[i] for i in order[index * count : (index + 1) * count]]
 
     def held_out(self, count: int) -> list[Problem]:

@@ -14,9 +14,10 @@ from itertools import accumulate
 import numpy as np
 
 from npr_megatron.config.run import SumsTask
+from npr_megatron.data.draws import draws
 from npr_megatron.data.problems import Problem
 from npr_megatron.errors import InputError
-from npr_megatron.records.randomness import derive_seed, uniforms
+from npr_megatron.records.randomness import derive_seed
 
 Part = tuple[int, ...]
 Parts = tuple[Part, ...]
@@ -27,13 +28,10 @@ _MAX_DRAWS_PER_PROBLEM = 2_000
 
 def draw_parts(task: SumsTask, key: int) -> Parts:
     """Draw the addends of one problem, uniformly; equal keys give equal problems."""
-    num_draws = 1 + task.max_parts * task.addends
-    draws = uniforms(
-        np.full(num_draws, key, dtype=np.uint64), np.arange(num_draws, dtype=np.uint64)
-    )
-    num_parts = task.min_parts + int(draws[0] * (task.max_parts - task.min_parts + 1))
+    first, *rest = draws(key, 1 + task.max_parts * task.addends)
+    num_parts = task.min_parts + int(first * (task.max_parts - task.min_parts + 1))
     span = task.max_addend - task.min_addend + 1
-    addends = (task.min_addend + (draws[1:] * span).astype(int)).reshape(-1, task.addends)
+    addends = (task.min_addend + (np.array(rest) * span).astype(int)).reshape(-1, task.addends)
     return tuple(tuple(row) for row in addends[:num_parts].tolist())
 
 

@@ -17,8 +17,7 @@ import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from npr_megatron.data.tokenizer import load_hf, load_tokenizer
 from npr_megatron.errors import InputError
@@ -46,10 +45,7 @@ def add_tags(folder_in: str | Path, folder_out: str | Path) -> None:
     hf = load_hf(source)
     words = {tag: _ids(hf, tag.strip("<>")) for tag in Tag if len(_ids(hf, tag)) != 1}
     rows = _spare_rows(source, hf, len(words))
-    hf.add_special_tokens(
-        {"extra_special_tokens": [AddedToken(t, special=True, normalized=False) for t in words]},
-        replace_extra_special_tokens=False,
-    )
+    hf.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in words])
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(

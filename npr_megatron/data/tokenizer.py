@@ -113,18 +113,20 @@ def vocabulary_of(hf: PreTrainedTokenizerFast, *, max_plans: int, name: str) -> 
     offenders = [f"{tag} is {_encode(hf, tag)}" for tag in Tag if not _is_one_token(hf, tag)]
     if len(newline_ids) != 1:
         offenders.append(f"a newline is {newline_ids}")
-    if hf.eos_token_id is None:
-        offenders.append("there is no eos token")
+    eos = hf.eos_token_id
+    if not isinstance(eos, int):
+        offenders.append(f"the end token is {eos}")
     if offenders:
         raise InputError(
             f"each of the eight tags, the newline and the end must be one token of {name}; "
             f"found: {'; '.join(offenders)}; {_HOW_TO_ADD_TAGS}"
         )
+    assert isinstance(eos, int)
     tag_ids = [_encode(hf, tag)[0] for tag in Tag]
     return Vocabulary(
         **dict(zip((tag.name.lower() for tag in Tag), tag_ids, strict=True)),
         newline=newline_ids[0],
-        eos=int(hf.eos_token_id),
+        eos=eos,
         index_ids=tuple(tuple(_encode(hf, f"{i}:")) for i in range(1, max_plans + 1)),
         blank_ids=_blank_ids(hf),
     )

@@ -39,7 +39,7 @@ class Reader:
     """Reads responses; one grammar table serves all of them."""
 
     def __init__(
-        self, vocabulary: Vocabulary, decode: Decode, limits: FormatLimits | None = None
+        self, decode: Decode, vocabulary: Vocabulary, limits: FormatLimits | None = None
     ) -> None:
         self.vocabulary = vocabulary
         self._grammar = Grammar(vocabulary)
