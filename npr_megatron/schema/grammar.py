@@ -86,6 +86,11 @@ _LATER_PARTS = {
     Phase.STEP_TEXT: {Tag.STEP_OPEN, Tag.TAKEAWAY_OPEN},
     Phase.TAKEAWAY_TEXT: set[Tag](),
 }
+_RESIDUE = {
+    Phase.START: Rule.TEXT_OUTSIDE_BLOCK,
+    Phase.GUIDELINE: Rule.TEXT_IN_GUIDELINE,
+    Phase.BRANCHES: Rule.TEXT_BETWEEN_STEPS,
+}
 LEADS_TO = {
     Tag.GUIDELINE_OPEN: Phase.GUIDELINE_LINE,
     Tag.GUIDELINE_CLOSE: Phase.FORK_LINE,
@@ -115,7 +120,7 @@ class State(NamedTuple):
     index_offset: int = 0
     """Ids of "i:" already read."""
     has_text: bool = False
-    """A token that is not blank has been read in the current text."""
+    """A token that is not blank has been read in the current text, legal or not."""
 
     @property
     def in_branch(self) -> bool:
@@ -272,7 +277,11 @@ class Grammar:
         is_skipped = rule is Rule.STRAY_TAG or (
             rule is Rule.TAG_IN_TEXT and tag not in _LATER_PARTS[state.phase]
         )
-        return (state if is_skipped else self._after_tag(state, tag)), rule
+        if not is_skipped:
+            return self._after_tag(state, tag), rule
+        if state.phase is Phase.START:
+            state = state._replace(has_text=True)
+        return state, rule
 
     def _rule_of_tag(self, state: State, tag: Tag) -> Rule | None:
         phase = state.phase
@@ -330,9 +339,6 @@ class Grammar:
             return State(Phase.BLOCK_END_LINE), None
         if phase in (Phase.BLOCK_END, Phase.BLOCK_END_LINE):
             return State(Phase.CONCLUSION, has_text=not is_blank), None
-        if is_blank:
+        if is_blank and not state.has_text:
             return state, Rule.SPACING
-        if phase is Phase.START:
-            return state, Rule.TEXT_OUTSIDE_BLOCK
-        is_guideline = phase is Phase.GUIDELINE
-        return state, Rule.TEXT_IN_GUIDELINE if is_guideline else Rule.TEXT_BETWEEN_STEPS
+        return state._replace(has_text=True), _RESIDUE[phase]

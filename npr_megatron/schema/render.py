@@ -1,7 +1,7 @@
 """Texts to token ids: the inverse of the parser.
 
-``parse(render(blocks, conclusion, vocabulary), vocabulary).document`` always exists, and ``texts_of``
-gives the texts back. Blocks and the conclusion are set off by one newline.
+What ``render`` returns always parses into a document, and ``texts_of`` gives the texts back. Blocks
+and the conclusion are set off by one newline.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def render(
         vocabulary: ids of the tags around them.
 
     Raises:
-        InputError: no response can say it (counts differ, a text is empty or holds a tag); lists all.
+        InputError: no response can say it; lists every text at fault.
     """
     texts = [BlockTexts(*block) for block in blocks]
     problems = _problems(texts, conclusion, vocabulary)
