@@ -1,4 +1,4 @@
-"""Responses written as words, for examples a person can check: ``ids("<plan> 1: a </plan> NL")``."""
+"""Responses written as words, for examples a person can check: ``ids("<plan> 1: a </plan>")``."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ TWO_BRANCHES = (
     "<step> NL 1: c </step> NL <step> NL 2: d e </step> NL "
     "<takeaway> NL f </takeaway> NL g h EOS"
 )
-"""Offsets: guideline 0, plan texts 4 and 9, fork newline 13, branches 14..20 and 20..27, takeaway text 29,
-conclusion 32..34, eos 34."""
+"""Offsets: plan texts 4 and 9, fork newline 13, branches 14..20 and 20..27, takeaway text 29,
+conclusion 32..34, end token 34."""

@@ -1,4 +1,4 @@
-"""The format score: every row of the released table, the floor, and 0.0 for exactly the valid ones."""
+"""The format score: the rows of its table, the floor, and 0.0 for exactly the valid responses."""
 
 from __future__ import annotations
 
