@@ -1,0 +1,206 @@
+"""One engine in its own process: a loop that decodes, and calls that reach it between steps.
+
+The loop thread is the only one that touches the engine, with one exception: staging writes the
+engine's shadow storages, which no step reads, while decoding goes on. Everything else is handed to
+the loop and runs between steps, so a commit never changes weights under a half-computed step.
+
+An error in the loop is kept and raised to every later caller; the replica does not continue after
+one. Nothing here knows the fleet: who replaces a dead replica is decided in ``rollout.fleet``.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.engine.engine import Engine
+from npr_megatron.errors import NprError, StaleWeightsError
+from npr_megatron.records.request import GenerationRequest
+from npr_megatron.records.trajectory import Trajectory
+from npr_megatron.schema.tags import Vocabulary
+from npr_megatron.weights.executors.shared_memory import Receiver
+from npr_megatron.weights.layout import engine_layout
+from npr_megatron.weights.publication import Publication
+from npr_megatron.weights.tiles import Layout
+
+CALL_THREADS = 4
+"""Calls served at once: a waiting ``report``, a stage, a submission or commit, and one to spare."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSpec:
+    """What an engine process must know to come up; picklable."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    vocabulary: Vocabulary
+    source: Layout
+    """Layout of the trainer whose publications it will pull."""
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What happened since the last report."""
+
+    finished: bytes
+    """Pickled ``list[Trajectory]``. Bytes, because arrays handed out by Ray would pin its small
+    object store."""
+    num_steps: int
+    """Engine steps so far: grows while the engine makes progress."""
+
+    def trajectories(self) -> list[Trajectory]:
+        """Return the finished trajectories, in the order in which they finished."""
+        return pickle.loads(self.finished)
+
+
+class Replica:
+    """An engine with a mailbox. A plain class; ``rollout.fleet`` makes it a Ray actor."""
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self._spec = spec
+        self._changed = threading.Condition()
+        self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._unfinished: set[str] = set()
+        self._finished: list[Trajectory] = []
+        self._num_steps = 0
+        self._staged_version: int | None = None
+        self._failure: Exception | None = None
+
+    def start(self) -> int:
+        """Build the engine and start its loop; return the process id.
+
+        Not done by ``__init__``: Ray would hide the type of an error raised there.
+        """
+        spec = self._spec
+        self._engine = Engine(spec.model, spec.engine, spec.vocabulary, device=spec.device)
+        self._receiver = Receiver(spec.source, engine_layout(spec.model))
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        return os.getpid()
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue ``requests``, all or (raising what ``Engine.add`` raises for a bad one) none."""
+
+        def add() -> None:
+            added: set[str] = set()
+            try:
+                for request in requests:
+                    self._engine.add(request)
+                    added.add(request.request_id)
+            except NprError:
+                self._drop(added)
+                raise
+            self._unfinished |= added
+
+        self._between_steps(add)
+
+    def report(self, wait_s: float) -> Report:
+        """Return what finished since the last report: when all is done, or after ``wait_s``."""
+        with self._changed:
+            self._changed.wait_for(self._has_settled, timeout=wait_s)
+            if self._failure is not None:
+                raise self._failure
+            finished, self._finished = self._finished, []
+            num_steps = self._num_steps
+        return Report(finished=pickle.dumps(finished, protocol=5), num_steps=num_steps)
+
+    def stage(self, publication: Publication) -> None:
+        """Copy published weights into the shadow storages and verify them; decoding goes on.
+
+        Raises StaleWeightsError when layout, version or digest are not what the publication says.
+        """
+        self._staged_version = None
+        self._receiver.pull(publication, self._engine.staging())
+        self._staged_version = publication.version
+
+    def commit(self, version: int) -> None:
+        """Serve the staged weights from the next step on.
+
+        Raises StaleWeightsError unless ``version`` is what is staged.
+        """
+        if self._staged_version != version:
+            raise StaleWeightsError(
+                f"commit of weight version {version} was asked for, staged is "
+                f"{self._staged_version}; "
+                "stage that version first"
+            )
+        self._between_steps(lambda: self._engine.commit(version))
+
+    def abort(self) -> None:
+        """Forget every unfinished request and everything finished but not reported."""
+
+        def drop() -> None:
+            self._drop(self._unfinished)
+            self._unfinished = set()
+            with self._changed:
+                self._finished = []
+
+        self._between_steps(drop)
+
+    def _drop(self, request_ids: Iterable[str]) -> None:
+        """Abort requests; the next step hands them back and :meth:`_step` forgets them."""
+        for request_id in request_ids:
+            self._engine.abort(request_id)
+
+    def _between_steps(self, action: Callable[[], None]) -> None:
+        """Have the loop run ``action`` before its next step; return or raise what it does."""
+        done: Future[None] = Future()
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            self._commands.append((action, done))
+            self._changed.notify_all()
+        done.result()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._obey()
+                self._step()
+        except Exception as error:  # noqa: BLE001 - kept, and raised to every caller
+            with self._changed:
+                self._failure = error
+                for _, done in self._commands:
+                    done.set_exception(error)
+                self._commands.clear()
+                self._changed.notify_all()
+
+    def _obey(self) -> None:
+        """Wait for work; run the commands that have come in. A step follows before later ones."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._commands or self._engine.num_unfinished)
+        for _ in range(len(self._commands)):
+            action, done = self._commands[0]  # stays queued meanwhile, so that _run can fail it
+            try:
+                action()
+            except NprError as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+            self._commands.popleft()
+
+    def _step(self) -> None:
+        if not self._engine.num_unfinished:
+            return
+        results = {request_id_of(trajectory): trajectory for trajectory in self._engine.step()}
+        with self._changed:
+            self._num_steps += 1
+            self._finished += [t for name, t in results.items() if name in self._unfinished]
+            self._unfinished -= results.keys()
+            if self._has_settled():
+                self._changed.notify_all()
+
+    def _has_settled(self) -> bool:
+        return self._failure is not None or not (self._unfinished or self._commands)
+
+
+def request_id_of(trajectory: Trajectory) -> str:
+    """Return the id of the request that ``trajectory`` answers."""
+    return f"{trajectory.prompt_id}#{trajectory.rollout}"
