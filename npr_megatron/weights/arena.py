@@ -41,7 +41,8 @@ class SlotHeader:
     """Negative while nothing complete is there."""
     layout_id: str = ""
     dtype: str = ""
-    digest_share: int = 0
+    digest: int = 0
+    """This rank's share in the first cover: what an inspector compares with the bytes."""
 
 
 EMPTY = SlotHeader(-1)
@@ -114,12 +115,12 @@ class Arena:
 
     def header(self, slot: int) -> SlotHeader:
         """Return what ``slot`` holds at this moment."""
-        magic, version, layout_id, dtype, digest_share = _HEADER.unpack_from(
+        magic, version, layout_id, dtype, digest = _HEADER.unpack_from(
             self._mapping, slot * self._slot_bytes
         )
         if magic != _MAGIC or version < 0:
             return EMPTY
-        return SlotHeader(version, layout_id.decode(), dtype.rstrip(b"\0").decode(), digest_share)
+        return SlotHeader(version, layout_id.decode(), dtype.rstrip(b"\0").decode(), digest)
 
     def storages(self, slot: int) -> dict[str, Tensor]:
         """Return views of the storages in ``slot``."""
@@ -134,7 +135,7 @@ class Arena:
             header.version,
             header.layout_id.encode(),
             header.dtype.encode(),
-            header.digest_share,
+            header.digest,
         )
 
 
@@ -152,22 +153,25 @@ class OwnedArena:
         self._lock = _reserve(path, size)
         mapping = mmap.mmap(self._lock, size, access=mmap.ACCESS_WRITE)
         self._arena = Arena(mapping, rank_layout, dtype, os.fstat(self._lock).st_ino)
-        self._current = NUM_SLOTS - 1
+        self._current = 0
 
     @property
     def version(self) -> int:
         """The newest complete version, negative if there is none."""
-        return self._arena.header(self._current).version
+        return max(map(self._version_in, range(NUM_SLOTS)))
 
     def begin(self) -> dict[str, Tensor]:
         """Empty the older slot and return its storages, to be filled before ``finish``."""
-        self._current = (self._current + 1) % NUM_SLOTS
+        self._current = min(range(NUM_SLOTS), key=self._version_in)
         self._arena.write_header(self._current, EMPTY)
         return self._arena.storages(self._current)
 
     def finish(self, header: SlotHeader) -> None:
         """Declare the slot of the last ``begin`` complete."""
         self._arena.write_header(self._current, header)
+
+    def _version_in(self, slot: int) -> int:
+        return self._arena.header(slot).version
 
     def close(self) -> None:
         """Delete the file. The memory is freed when the last reader drops its mapping."""

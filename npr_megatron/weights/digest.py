@@ -5,13 +5,15 @@
 modulo 2**64, with odd random keys and ``bits`` the bit pattern of the element as an unsigned
 integer. Addition makes shards independent: each rank sums what it holds and the sums add up,
 without a gather. Keys belong to canonical coordinates, so swapped heads, layers or gate/up, shifted
-rows and single flipped bits all change D. A replica must be counted once: by the lowest rank that
-holds it (``owned_tiles``). Not a cryptographic hash.
+rows and single flipped bits all change D. Replicas are not summed twice but compared (``Census``).
+Not a cryptographic hash.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -31,33 +33,54 @@ _SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def owned_tiles(layout: Layout) -> tuple[tuple[Tile, ...], ...]:
-    """Return per rank the tiles it counts: each canonical box belongs to its lowest holder."""
-    seen: set[tuple[str, Box]] = set()
-    owned: list[tuple[Tile, ...]] = []
-    for rank_layout in layout.ranks:
-        own: list[Tile] = []
-        for tile in rank_layout.tiles:
-            if (tile.parameter, tile.box) not in seen:
-                seen.add((tile.parameter, tile.box))
-                own.append(tile)
-        owned.append(tuple(own))
-    return tuple(owned)
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """A tile and the covers in which it is counted."""
+
+    tile: Tile
+    covers: tuple[int, ...]
 
 
-def digest_tensors(tiles: Iterable[Tile], storages: Mapping[str, Tensor]) -> int:
-    """Return the share of ``tiles`` in the digest; shares of all ranks add up (:func:`total`).
+class Census:
+    """Who counts what, so that every replica is looked at.
 
-    Args:
-        tiles: what this rank counts, from :func:`owned_tiles`.
-        storages: its tensors, of 2, 4 or 8 bytes per element.
+    A cover picks one holder of each canonical box, hence its sum is the digest of the whole model.
+    A layout whose most replicated box has M holders gets M covers; together they reach every tile,
+    and all M sums are equal exactly if no replica differs.
     """
-    return total(digest_box(tile.parameter, tile.box, tile_view(tile, storages)) for tile in tiles)
+
+    def __init__(self, layout: Layout) -> None:
+        holders: defaultdict[tuple[str, Box], list[int]] = defaultdict(list)
+        for rank, rank_layout in enumerate(layout.ranks):
+            for tile in rank_layout.tiles:
+                holders[(tile.parameter, tile.box)].append(rank)
+        self.num_covers = max(map(len, holders.values()))
+        turns: defaultdict[tuple[str, Box], int] = defaultdict(int)
+        ranks: list[tuple[_Counted, ...]] = []
+        for rank_layout in layout.ranks:
+            counted: list[_Counted] = []
+            for tile in rank_layout.tiles:
+                key = (tile.parameter, tile.box)
+                covers = range(turns[key], self.num_covers, len(holders[key]))
+                counted.append(_Counted(tile, tuple(covers)))
+                turns[key] += 1
+            ranks.append(tuple(counted))
+        self._ranks = tuple(ranks)
+
+    def shares(self, rank: int, storages: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Return the share of ``rank`` in each cover, from its tensors (2, 4 or 8 bytes each)."""
+        sums = [0] * self.num_covers
+        for counted in self._ranks[rank]:
+            tile = counted.tile
+            value = digest_box(tile.parameter, tile.box, tile_view(tile, storages))
+            for cover in counted.covers:
+                sums[cover] += value
+        return tuple(value % 2**64 for value in sums)
 
 
-def total(shares: Iterable[int]) -> int:
-    """Return the sum of digest shares modulo 2**64."""
-    return sum(shares) % 2**64
+def digests(shares: Iterable[tuple[int, ...]]) -> set[int]:
+    """Add up the shares of all ranks; return the distinct sums: one, if all replicas are equal."""
+    return {sum(cover) % 2**64 for cover in zip(*shares, strict=True)}
 
 
 def digest_box(parameter: str, box: Box, values: Tensor) -> int:

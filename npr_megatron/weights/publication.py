@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from npr_megatron.errors import StaleWeightsError
-from npr_megatron.weights.digest import total
+from npr_megatron.errors import DivergenceError, StaleWeightsError
+from npr_megatron.weights.digest import digests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,8 @@ class RankPublication:
     dtype: str
     """As torch prints it, ``torch.float32`` or ``torch.bfloat16``."""
     arena_path: str
-    digest_share: int
+    digest_shares: tuple[int, ...]
+    """Part of this rank in each cover of the source layout (``weights.digest``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ class Publication:
 
         Raises:
             StaleWeightsError: ranks are missing or doubled, or disagree on version, layout, dtype.
+            DivergenceError: replicas of one weight differ between source ranks.
         """
         ordered = sorted(parts, key=lambda part: part.rank)
         ranks = [part.rank for part in ordered]
@@ -52,23 +54,33 @@ class Publication:
                 "a publication needs one part of every source rank, all alike; found ranks "
                 f"{ranks} with (version, layout, dtype) {sorted(kinds)}; publish on all ranks again"
             )
+        found = digests(part.digest_shares for part in ordered)
+        if len(found) > 1:
+            raise DivergenceError(
+                f"version {ordered[0].version} cannot be published: replicas of the weights differ "
+                f"between trainer ranks ({len(found)} digests, expected 1); training is broken, "
+                "restart from the last checkpoint"
+            )
         return cls(
             version=ordered[0].version,
             source_layout_id=ordered[0].source_layout_id,
             dtype=ordered[0].dtype,
             arena_paths=tuple(part.arena_path for part in ordered),
-            digest=total(part.digest_share for part in ordered),
+            digest=found.pop(),
         )
 
-    def check(self, digest_shares: Iterable[int]) -> None:
+    def check(self, digest_shares: Iterable[tuple[int, ...]]) -> None:
         """Require the shares of all ranks of a receiver to add up to the published digest.
+
+        Replicas inside the receiver are covered: every cover must have this digest.
 
         Raises:
             StaleWeightsError: what was received is not what was published; do not serve it.
         """
-        found = total(digest_shares)
-        if found != self.digest:
+        found = digests(digest_shares)
+        if found != {self.digest}:
+            received = ", ".join(f"{digest:#018x}" for digest in sorted(found))
             raise StaleWeightsError(
-                f"weights of version {self.version} were received with digest {found:#018x}, "
+                f"weights of version {self.version} were received with digest {received}, "
                 f"published was {self.digest:#018x}; drop the copy and pull again"
             )

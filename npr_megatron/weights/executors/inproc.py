@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from npr_megatron.weights.plan import Copy, TransferPlan
 
-Storages = Mapping[str, Tensor]
+RankStorages = Mapping[int, Mapping[str, Tensor]]
+"""Storages by layout rank."""
 
 
-def execute(plan: TransferPlan, sources: Sequence[Storages], targets: Sequence[Storages]) -> None:
+def execute(plan: TransferPlan, sources: RankStorages, targets: RankStorages) -> None:
     """Fill the storages of all target ranks from those of all source ranks, in place."""
     copy_boxes(plan.copies, sources, targets)
 
 
 @torch.no_grad()
-def copy_boxes(
-    copies: Iterable[Copy], sources: Sequence[Storages], targets: Sequence[Storages]
-) -> None:
-    """Carry out ``copies``; both sequences are indexed by rank."""
+def copy_boxes(copies: Iterable[Copy], sources: RankStorages, targets: RankStorages) -> None:
+    """Carry out ``copies``, in place."""
     for copy in copies:
         target = targets[copy.target_rank][copy.target_storage]
         source = sources[copy.source_rank][copy.source_storage]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from npr_megatron.errors import LayoutError, StaleWeightsError
 from npr_megatron.weights.arena import NUM_SLOTS, Arena, OwnedArena, SlotHeader, arena_path
-from npr_megatron.weights.digest import digest_tensors, owned_tiles
+from npr_megatron.weights.digest import Census
 from npr_megatron.weights.executors.inproc import copy_boxes
 from npr_megatron.weights.plan import plan_transfer
 from npr_megatron.weights.publication import Publication, RankPublication
@@ -47,7 +47,7 @@ class Publisher:
         self._layout = layout
         self._rank = rank
         self._dtype = dtype
-        self._owned = owned_tiles(layout)[rank]
+        self._census = Census(layout)
         self._arena = OwnedArena(arena_path(arena_dir, run_id, rank), layout.ranks[rank], dtype)
 
     @torch.no_grad()
@@ -69,8 +69,8 @@ class Publisher:
         views = self._arena.begin()
         for name, view in views.items():
             view.copy_(storages[name])
-        share = digest_tensors(self._owned, views)
-        header = SlotHeader(version, self._layout.layout_id, str(self._dtype), share)
+        shares = self._census.shares(self._rank, views)
+        header = SlotHeader(version, self._layout.layout_id, str(self._dtype), shares[0])
         self._arena.finish(header)
         return RankPublication(
             version=version,
@@ -78,7 +78,7 @@ class Publisher:
             rank=self._rank,
             dtype=header.dtype,
             arena_path=str(self._arena.path),
-            digest_share=share,
+            digest_shares=shares,
         )
 
     def close(self) -> None:
@@ -101,14 +101,14 @@ class Receiver:
         self._source, self._target, self._rank = source, target, target_rank
         self._copies = plan.copies_to(target_rank)
         self._sources = sorted({copy.source_rank for copy in self._copies})
-        self._owned = owned_tiles(target)[target_rank]
+        self._census = Census(target)
         self._arenas: dict[str, Arena] = {}
 
-    def pull(self, publication: Publication, into: Mapping[str, Tensor]) -> int:
-        """Fill ``into`` with the published weights and return this rank's digest share.
+    def pull(self, publication: Publication, into: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Fill ``into`` with the published weights and return this rank's digest shares.
 
-        With a single destination rank the share is checked here; otherwise collect the shares of
-        all ranks and call ``publication.check``. On an error ``into`` holds garbage.
+        With a single destination rank they are checked here; otherwise collect the shares of all
+        ranks and call ``publication.check``. On an error ``into`` holds garbage.
 
         Args:
             into: staging storages of this rank, of the publication's dtype; written in place.
@@ -123,21 +123,16 @@ class Receiver:
         arenas = {rank: self._map(publication, rank, dtype) for rank in self._sources}
         slots = {rank: _find(arena, publication) for rank, arena in arenas.items()}
         before = {rank: arena.header(slots[rank]) for rank, arena in arenas.items()}
-        empty: dict[str, Tensor] = {}
-        views = [
-            arenas[rank].storages(slots[rank]) if rank in arenas else empty
-            for rank in range(len(self._source.ranks))
-        ]
-        targets = [empty] * self._rank + [into]
-        copy_boxes(self._copies, views, targets)
+        views = {rank: arena.storages(slots[rank]) for rank, arena in arenas.items()}
+        copy_boxes(self._copies, views, {self._rank: into})
         if before != {rank: arena.header(slots[rank]) for rank, arena in arenas.items()}:
             raise StaleWeightsError(
                 f"version {publication.version} was overwritten while it was read; pull the newest"
             )
-        share = digest_tensors(self._owned, into)
+        shares = self._census.shares(self._rank, into)
         if len(self._target.ranks) == 1:
-            publication.check([share])
-        return share
+            publication.check([shares])
+        return shares
 
     def close(self) -> None:
         """Drop the mappings."""
