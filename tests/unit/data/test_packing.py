@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -104,7 +106,8 @@ def test_microbatches_share_a_shape_within_the_limits(case):
     assert max(used) <= row_tokens
     assert row_length - max(used) < 16, "rows are longer than the longest needs"
     num_rows = sum(count > 0 for count in used)
-    assert len(batches) == -(-(-(-num_rows // rows)) // replicas) * replicas
+    needed = math.ceil(num_rows / rows)
+    assert len(batches) == math.ceil(needed / replicas) * replicas
 
 
 def test_padding_carries_neither_tokens_nor_loss():
