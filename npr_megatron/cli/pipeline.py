@@ -13,7 +13,7 @@ from rich.table import Table
 from npr_megatron.cli.interrupt import interruptible
 from npr_megatron.cli.options import Json, Overrides, RunFile, load_checked
 from npr_megatron.config.run import RunConfig
-from npr_megatron.config.stages import STAGES
+from npr_megatron.config.stages import STAGES, StageName
 from npr_megatron.errors import ConfigError
 
 
@@ -46,21 +46,22 @@ def pipeline(
     """
     changes = [*(overrides or []), *([] if seed is None else [f"run.seed={seed}"])]
     config = load_checked(run_file, changes)
-    if until is not None and until not in STAGES:
+    last = next((name for name in STAGES if name == until), None)
+    if until is not None and last is None:
         raise ConfigError(f"--until {until!r} is no stage; choose one of {', '.join(STAGES)}")
     if dry_run:
         if as_json:
             print(config.model_dump_json(indent=2))
         else:
-            Console().print(describe(config, until))
+            Console().print(describe(config, last))
         return
     with interruptible("the same command resumes after the last finished step"):
-        run_folder = _run(config, until=until, fresh=fresh, to_stderr=as_json)
+        run_folder = _run(config, until=last, fresh=fresh, to_stderr=as_json)
     if as_json:
         print(json.dumps(_result(run_folder)))
 
 
-def describe(config: RunConfig, until: str | None) -> Table:
+def describe(config: RunConfig, until: StageName | None) -> Table:
     """Return what a run would do, as a table."""
     parallel = config.parallel
     table = Table(title=f"{config.run.name}, seed {config.run.seed}", title_justify="left")
@@ -104,7 +105,7 @@ def _stage_lines(config: RunConfig) -> dict[str, str]:
     return {name: lines[name] for name in STAGES if name in lines}
 
 
-def _run(config: RunConfig, *, until: str | None, fresh: bool, to_stderr: bool) -> Path:
+def _run(config: RunConfig, *, until: StageName | None, fresh: bool, to_stderr: bool) -> Path:
     from npr_megatron.pipeline.run import run_pipeline
     from npr_megatron.report.live import LiveView
 

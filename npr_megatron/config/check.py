@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from npr_megatron.config.hf_architecture import read_architecture
 from npr_megatron.config.model import ModelConfig
@@ -286,10 +287,10 @@ def _prompt_file_problem(path: Path) -> str | None:
         record = json.loads(first)
     except json.JSONDecodeError as error:
         return f"{path}: the first line is not JSON ({error}); put one {wanted} on each line"
-    missing = {"id", "question", "answer"} - set(record if isinstance(record, dict) else ())
+    if not isinstance(record, dict):
+        return f"{path}: the first line is not an object; put one {wanted} on each line"
+    missing = {"id", "question", "answer"}.difference(cast("dict[str, object]", record))
     if missing:
-        return (
-            f"{path}: the first line lacks {', '.join(sorted(missing))}; put one {wanted} on each "
-            "line"
-        )
+        lacks = ", ".join(sorted(missing))
+        return f"{path}: the first line lacks {lacks}; put one {wanted} on each line"
     return None

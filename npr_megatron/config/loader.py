@@ -12,7 +12,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -101,28 +101,33 @@ def _apply(table: Table, overrides: Sequence[str]) -> tuple[dict[DottedPath, str
 
 
 def _put(table: Table, path: DottedPath, value: Any) -> str | None:
-    """Set ``path`` in ``table``, making tables on the way; return what stands in the way, if
-    anything."""
+    """Set ``path`` in ``table``, making tables on the way; return what stands in the way."""
     node: Any = table
-    for depth, key in enumerate(path):
-        is_last = depth == len(path) - 1
-        if isinstance(node, list):
-            if not key.isdecimal() or int(key) >= len(node):
-                parent = ".".join(path[:depth])
-                return f"{parent} has {len(node)} entries, found {key!r}; count them from 0"
-            index: Any = int(key)
-        elif isinstance(node, dict):
-            index = key
-            if not is_last:
-                node.setdefault(key, {})
+    for depth in range(len(path)):
+        entries, index, problem = _entry(node, path, depth)
+        if problem:
+            return problem
+        if depth == len(path) - 1:
+            entries[index] = value
         else:
-            parent = ".".join(path[:depth])
-            return f"{parent} is {node!r} and has no keys; set {parent} itself"
-        if is_last:
-            node[index] = value
-        else:
-            node = node[index]
+            node = entries[index]
     return None
+
+
+def _entry(node: Any, path: DottedPath, depth: int) -> tuple[Any, str | int, str | None]:
+    """Return ``node``, how ``path[depth]`` indexes it, and why it cannot, if it cannot."""
+    key, parent = path[depth], ".".join(path[:depth])
+    if isinstance(node, dict):
+        table = cast("Table", node)
+        if depth < len(path) - 1:
+            table.setdefault(key, {})
+        return table, key, None
+    if isinstance(node, list):
+        entries = cast("list[Any]", node)
+        if key.isdecimal() and int(key) < len(entries):
+            return entries, int(key), None
+        return entries, 0, f"{parent} has {len(entries)} entries, found {key!r}; count them from 0"
+    return node, key, f"{parent} is {node!r} and has no keys; set {parent} itself"
 
 
 def _validate(table: Table, raw_values: dict[DottedPath, str]) -> RunConfig:

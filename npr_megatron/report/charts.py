@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ OTHER_COLOR = "#553c9a"
 MAX_POINTS = 400
 """Longer curves are thinned: no screen shows more, and the page stays small."""
 _INK, _GRID = "#4a5568", "#e2e8f0"
-_RC = {
+_RC: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's own font
     "font.family": "sans-serif",
     "font.size": 8.5,

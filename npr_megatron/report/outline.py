@@ -50,13 +50,13 @@ class Box:
     """False where the closing tag is missing."""
 
 
-_OPENS = {
+_OPENS: dict[str, BoxKind] = {
     Tag.GUIDELINE_OPEN: BoxKind.GUIDELINE,
     Tag.PLAN_OPEN: BoxKind.PLAN,
     Tag.STEP_OPEN: BoxKind.BRANCH,
     Tag.TAKEAWAY_OPEN: BoxKind.TAKEAWAY,
 }
-_CLOSES = {
+_CLOSES: dict[str, BoxKind] = {
     Tag.GUIDELINE_CLOSE: BoxKind.GUIDELINE,
     Tag.PLAN_CLOSE: BoxKind.PLAN,
     Tag.STEP_CLOSE: BoxKind.BRANCH,
@@ -137,12 +137,12 @@ class _Scan:
         self._open: list[_Draft] = []
 
     def take(self, piece: str, position: int) -> None:
-        tag = Tag(piece) if piece in Tag else None
-        if tag in _OPENS:
-            self._begin(_OPENS[tag])
+        opened, closed = _OPENS.get(piece), _CLOSES.get(piece)
+        if opened is not None:
+            self._begin(opened)
             self._open[-1].positions.append(position)
-        elif tag in _CLOSES and any(draft.kind is _CLOSES[tag] for draft in self._open):
-            while self._open[-1].kind is not _CLOSES[tag]:
+        elif closed is not None and any(draft.kind is closed for draft in self._open):
+            while self._open[-1].kind is not closed:
                 self._open.pop()
             draft = self._open.pop()
             draft.positions.append(position)
