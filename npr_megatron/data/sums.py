@@ -23,7 +23,7 @@ Part = tuple[int, ...]
 Parts = tuple[Part, ...]
 
 _HELD_OUT_ONE_IN = 16
-_MAX_DRAWS_PER_PROBLEM = 2_000
+_MAX_DRAWS_PER_PROBLEM = 200
 
 
 def draw_parts(task: SumsTask, key: int) -> Parts:

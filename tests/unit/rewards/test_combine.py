@@ -1,0 +1,102 @@
+"""Rewards of both stages and the structural filter, on rollouts written by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from npr_megatron.records.trajectory import DecodeMode, FinishReason
+from npr_megatron.rewards.combine import score_npr, score_zero
+from npr_megatron.rewards.structure import LAYOUT_MISMATCH, drop_reason
+from tests.unit.rewards.rollouts import (
+    ANSWER,
+    GOOD,
+    HEAD,
+    PLAIN,
+    STEPS,
+    TAIL,
+    reader,
+    rollout,
+    tokenizer,
+)
+
+SEQUENTIAL = DecodeMode.SEQUENTIAL
+WRONG = GOOD.replace("\\boxed{3,7}", "\\boxed{3,8}")
+NO_TAKEAWAY = HEAD + STEPS + "\\boxed{3,7}<eos>"
+NO_BOX = HEAD + STEPS + "<takeaway>\n3,7</takeaway>\n3,7<eos>"
+
+
+@pytest.mark.parametrize(("response", "reward"), [(GOOD, 1.0), (WRONG, -1.0)])
+def test_zero_rewards_the_answer_once_the_format_is_kept(response, reward):
+    score = score_zero(rollout(response, SEQUENTIAL), ANSWER, reader())
+    assert score.is_valid
+    assert score.reward == reward
+    assert score.kept
+
+
+@pytest.mark.parametrize("response", [PLAIN, NO_TAKEAWAY, NO_BOX, GOOD.removesuffix("<eos>")])
+def test_zero_punishes_a_broken_format_even_if_the_answer_is_right(response):
+    score = score_zero(rollout(response, SEQUENTIAL), ANSWER, reader())
+    assert not score.is_valid
+    assert -2.0 <= score.reward < 0.0
+    assert score.reward == score.format_score
+    assert score.kept, "ZERO learns from every rollout"
+    assert score.is_correct is ("boxed{3,7}" in response)
+
+
+@pytest.mark.parametrize(("response", "reward"), [(GOOD, 1.0), (WRONG, -1.0), (NO_BOX, -1.0)])
+def test_npr_rewards_the_answer_alone(response, reward):
+    score = score_npr(rollout(response), ANSWER, reader())
+    assert score.reward == reward
+    assert score.kept
+
+
+def test_npr_drops_malformed_rollouts_instead_of_punishing_them():
+    score = score_npr(rollout(NO_TAKEAWAY), ANSWER, reader())
+    assert not score.kept
+    assert score.reward == 1.0, "the answer is right; the filter is another matter"
+
+
+@pytest.mark.parametrize(
+    ("finish", "detail", "reason"),
+    [
+        (FinishReason.LENGTH, "", "length"),
+        (FinishReason.CRITICAL_PATH, "", "critical_path"),
+        (FinishReason.ABORTED, "", "aborted"),
+        (FinishReason.MALFORMED, "step_count", "step_count"),
+    ],
+)
+def test_only_rollouts_that_stopped_by_themselves_are_kept(finish, detail, reason):
+    trajectory = rollout(GOOD, finish=finish, finish_detail=detail)
+    assert drop_reason(trajectory, tokenizer().vocabulary) == reason
+
+
+def test_a_rollout_that_claims_a_stop_but_does_not_parse_is_dropped():
+    trajectory = rollout(NO_TAKEAWAY, finish=FinishReason.STOP)
+    assert drop_reason(trajectory, tokenizer().vocabulary) == "malformed"
+
+
+@pytest.mark.parametrize("stream", ["position_ids", "block", "branch"])
+def test_a_token_placed_elsewhere_than_the_layout_rule_says_is_noticed(stream):
+    good = rollout(GOOD)
+    assert drop_reason(good, tokenizer().vocabulary) == ""
+    moved = np.array(getattr(good, stream))
+    moved[-1] += 1
+    assert drop_reason(rollout(GOOD, **{stream: moved}), tokenizer().vocabulary) == LAYOUT_MISMATCH
+
+
+def test_a_parallel_text_decoded_sequentially_is_no_parallel_rollout():
+    trajectory = rollout(GOOD, SEQUENTIAL)
+    assert drop_reason(trajectory, tokenizer().vocabulary) == LAYOUT_MISMATCH
+
+
+def test_the_other_position_convention_is_noticed():
+    assert drop_reason(rollout(GOOD), tokenizer().vocabulary, "paper") == LAYOUT_MISMATCH
+
+
+def test_the_reader_hands_out_what_steps_and_takeaways_say():
+    trajectory = rollout(HEAD + STEPS + "<takeaway>\n3,7</takeaway>\n" + GOOD)
+    reading = reader().read(trajectory.response_ids)
+    strings = reader().block_strings(trajectory.response_ids, reading)
+    assert strings == ((("1+2=3", "3+4=7"), "3,7"),) * 2
+    assert reading.text.endswith(TAIL)
