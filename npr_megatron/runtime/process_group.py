@@ -101,6 +101,15 @@ def start(info: RankInfo, parallel: ParallelConfig, *, seed: int = 1) -> RankPla
     )
 
 
+def cpu_world() -> dist.ProcessGroup:
+    """Return a group of all ranks that moves host memory. Collective; build it once and keep it."""
+    if backend() == "gloo":
+        world = dist.group.WORLD
+        assert world is not None, "start comes first"
+        return world
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT)
+
+
 def stop() -> None:
     """Leave all groups. Idempotent."""
     from megatron.core import parallel_state

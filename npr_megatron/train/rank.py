@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,12 +27,15 @@ from npr_megatron.runtime import process_group
 from npr_megatron.runtime.device import current_device, device_scope
 from npr_megatron.runtime.process_group import RankInfo
 from npr_megatron.train.checkpoint import load_checkpoint, save_checkpoint
+from npr_megatron.train.export import export_hf
 from npr_megatron.train.optimizer import build_optimizer, take_step
 from npr_megatron.train.passes import Sums, add_up, backward_losses, forward_logprobs
 from npr_megatron.train.schedule import learning_rate
 from npr_megatron.train.step import StepBatch, StepResult, check_microbatches
+from npr_megatron.weights.executors.shared_memory import Publisher
 from npr_megatron.weights.hf import read_hf
 from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.publication import RankPublication
 from npr_megatron.weights.storages import check_storages, load_tiles
 
 
@@ -52,8 +55,18 @@ class TrainerRank:
         trainer: TrainerConfig,
         run_id: str,
         arena_dir: str,
+        engine_dtype: Literal["fp32", "bf16"] | None = None,
     ) -> None:
         """Join the world (blocks until all ranks have) and build this rank's stage, weights unset.
+
+        Args:
+            info: this process's place and the rendezvous.
+            model: architecture.
+            parallel: layout; tp * pp * dp ranks.
+            trainer: numerics and limits.
+            run_id: names this run's arenas; no two living runs of a node share it.
+            arena_dir: memory-backed folder that :meth:`publish` writes to.
+            engine_dtype: what :meth:`publish` casts to; the trainer's own if None.
 
         Raises:
             ConfigError: the number of ranks is not what ``parallel`` asks for.
@@ -63,14 +76,17 @@ class TrainerRank:
         self._model, self._parallel, self._trainer = model, parallel, trainer
         self._run_id, self._arena_dir = run_id, arena_dir
         self._dtype = DTYPES[trainer.dtype]
+        self._engine_dtype = DTYPES[engine_dtype or trainer.dtype]
         self._layout = trainer_layout(model, parallel)
         self._own_layout = self._layout.ranks[info.rank]
         with device_scope():
             self._place = process_group.start(info, parallel)
             self._gpt, self._wrapped = build_stage(model, parallel, self._dtype, self._place)
+            self._cpu_world = process_group.cpu_world()
         self._gpt.config.finalize_model_grads_func = finalize_model_grads
         self._storages = stage_storages(self._gpt)
         check_storages(self._own_layout, self._storages)
+        self._publisher: Publisher | None = None
         self._optimizer: MegatronOptimizer | None = None
         self._optimizer_config: OptimizerConfig | None = None
         self._num_steps = 0
@@ -160,8 +176,48 @@ class TrainerRank:
             self._step, progress = load_checkpoint(path, self._gpt, optimizer)
         return progress
 
+    def publish(self, version: int) -> RankPublication:
+        """Copy this rank's weights to its shared-memory arena as ``version``; not collective.
+
+        Training may go on when it returns. The first call reserves memory for two versions.
+
+        Raises:
+            EnvironmentFault: no room in the arena's folder.
+            StaleWeightsError: ``version`` is not above the last one.
+        """
+        if self._publisher is None:
+            self._publisher = Publisher(
+                self._layout,
+                self._place.rank,
+                self._engine_dtype,
+                run_id=self._run_id,
+                arena_dir=self._arena_dir,
+            )
+        return self._publisher.publish(version, self._storages)
+
+    def export_hf(
+        self, path: str | os.PathLike[str], source_folder: str | os.PathLike[str] | None = None
+    ) -> None:
+        """Write the whole model as an HF folder; it is complete when this returns.
+
+        Args:
+            path: replaced if it exists; must be reachable from rank 0.
+            source_folder: tokenizer files and special token ids are copied from there.
+        """
+        with device_scope():
+            export_hf(
+                path,
+                self._model,
+                self._layout,
+                self._storages,
+                self._cpu_world,
+                source_folder=source_folder,
+            )
+
     def close(self) -> None:
-        """Leave the world. The object is of no use afterwards."""
+        """Leave the world and delete the arena. The object is of no use afterwards."""
+        if self._publisher is not None:
+            self._publisher.close()
         process_group.stop()
 
     def _begun(self) -> tuple[MegatronOptimizer, OptimizerConfig]:

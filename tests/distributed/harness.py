@@ -25,6 +25,8 @@ _FOREIGN_WARNINGS = (
     r"When using sequence parallelism it is recommended",
     r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
     r"The \.grad attribute of a Tensor that is not a leaf",  # the optimizer's shards are views
+    r"`load_state_dict` is deprecated",
+    r"Please use DTensor instead",
 )
 _PRELOAD = ["npr_megatron.train.rank"]
 
@@ -79,7 +81,7 @@ def _run_rank(
             for message in _FOREIGN_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             result = function(rank, world_size, f"file://{folder}/rendezvous", *args)
-    except BaseException:  # whatever it was, the test process must see it
+    except BaseException:  # noqa: BLE001 - whatever it was, the test must report it
         (folder / f"error-{rank}").write_text(f"--- rank {rank}\n{traceback.format_exc()}")
         raise SystemExit(1) from None
     (folder / f"result-{rank}").write_bytes(pickle.dumps(result))

@@ -11,8 +11,9 @@ import numpy as np
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import OptimizerConfig, ParallelConfig, TrainerConfig
 from npr_megatron.train.step import StepBatch, StepResult
-from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.layout import engine_layout, trainer_layout
 from npr_megatron.weights.names import canonical_parameters
+from npr_megatron.weights.storages import empty_storages
 
 MODEL = ModelConfig(
     num_hidden_layers=4,
@@ -43,6 +44,8 @@ class Job:
     batches: tuple[StepBatch, ...] = ()
     save_to: Path | None = None
     score: StepBatch | None = None
+    publish: int | None = None
+    export_to: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ class Outcome:
     storages: dict[str, np.ndarray] = field(default_factory=dict)
     progress: dict[str, Any] | None = None
     logprobs: list[np.ndarray] = field(default_factory=list)
+    received: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def open_rank(rank: int, world_size: int, init_method: str, job: Job) -> Any:
@@ -80,14 +84,36 @@ def train(rank: int, world_size: int, init_method: str, job: Job) -> Outcome:
     results = [trainer.train_step(batch) for batch in job.batches]
     if job.save_to:
         trainer.save(job.save_to, {"trained": len(results)})
+    if job.export_to:
+        trainer.export_hf(job.export_to)
     outcome = Outcome(
         results=results,
         storages={name: tensor.clone().numpy() for name, tensor in trainer.storages.items()},
         progress=progress,
         logprobs=trainer.score(job.score) if job.score else [],
+        received=_received(trainer, world_size, job) if job.publish is not None else {},
     )
     trainer.close()
     return outcome
+
+
+def _received(trainer: Any, world_size: int, job: Job) -> dict[str, np.ndarray]:
+    """Publish from every rank and pull the engine's storages on this one; digests are checked."""
+    import torch
+    import torch.distributed as dist
+
+    from npr_megatron.weights.executors.shared_memory import Receiver
+    from npr_megatron.weights.publication import Publication
+
+    parts: list[Any] = [None] * world_size
+    dist.all_gather_object(parts, trainer.publish(job.publish))
+    engine = engine_layout(job.model)
+    staging = empty_storages(engine.ranks[0], torch.float32)
+    receiver = Receiver(trainer_layout(job.model, job.parallel), engine)
+    receiver.pull(Publication.assemble(parts), staging)
+    receiver.close()
+    dist.barrier()
+    return {name: tensor.numpy() for name, tensor in staging.items()}
 
 
 def gradients(rank: int, world_size: int, init_method: str, job: Job) -> dict[str, np.ndarray]:

@@ -1,0 +1,47 @@
+"""A checkpoint continues the run: bit by bit under its own layout, and under any other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness import run_ranks
+from jobs import MODEL, Job, train, whole_model
+from samples import step_batches
+
+from npr_megatron.config.training import ParallelConfig
+
+BATCHES = step_batches("sft", 4, MODEL.vocab_size)
+
+
+def run(tmp_path, parallel, **job):
+    outcomes = run_ranks(train, parallel.world_size, tmp_path, Job(parallel=parallel, **job))
+    weights = whole_model([outcome.storages for outcome in outcomes], MODEL, parallel)
+    return outcomes[0], weights
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(tp_size=2), ParallelConfig(dp_size=2)], ids=str)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(parallel, hf_folder, tmp_path):
+    saved = tmp_path / "checkpoints"
+    whole, expected = run(tmp_path, parallel, hf_folder=hf_folder, batches=BATCHES)
+    run(tmp_path, parallel, hf_folder=hf_folder, batches=BATCHES[:2], save_to=saved)
+    resumed, weights = run(
+        tmp_path, parallel, hf_folder=hf_folder, load_from=saved, batches=BATCHES[2:]
+    )
+
+    assert resumed.progress == {"trained": 2}
+    assert resumed.results == whole.results[2:]
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(weights[name], tensor, err_msg=name)
+
+
+def test_checkpoint_of_pp2_continues_under_tp2_and_on_one_rank(hf_folder, tmp_path):
+    saved = tmp_path / "checkpoints"
+    pp2 = ParallelConfig(pp_size=2)
+    _, expected = run(tmp_path, pp2, hf_folder=hf_folder, batches=BATCHES)
+    run(tmp_path, pp2, hf_folder=hf_folder, batches=BATCHES[:2], save_to=saved)
+    for parallel in (ParallelConfig(tp_size=2), ParallelConfig()):
+        _, weights = run(
+            tmp_path, parallel, hf_folder=hf_folder, load_from=saved, batches=BATCHES[2:]
+        )
+        for name, tensor in expected.items():
+            np.testing.assert_allclose(weights[name], tensor, atol=1e-4, err_msg=name)

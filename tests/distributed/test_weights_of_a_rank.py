@@ -1,0 +1,68 @@
+"""Weights enter and leave the trainer unchanged, whatever its layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from harness import run_ranks
+from jobs import MODEL, Job, train
+from safetensors.torch import load_file
+from samples import step_batches
+
+from npr_megatron.config.training import ParallelConfig
+from npr_megatron.errors import LayoutError
+from npr_megatron.weights.layout import engine_layout, trainer_layout
+from npr_megatron.weights.storages import box_reader, check_storages, empty_storages, load_tiles
+
+UNTIED = MODEL.model_copy(update={"tie_word_embeddings": False})
+LAYOUTS = [ParallelConfig(tp_size=tp, pp_size=pp) for tp in (1, 2) for pp in (1, 2)]
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_loaded_weights_are_exported_and_published_bit_by_bit(
+    tied, parallel, hf_folder, untied_hf_folder, tmp_path
+):
+    folder, model = (hf_folder, MODEL) if tied else (untied_hf_folder, UNTIED)
+    exported = tmp_path / "exported"
+    job = Job(hf_folder=folder, model=model, parallel=parallel, publish=7, export_to=exported)
+    outcomes = run_ranks(train, parallel.world_size, tmp_path, job)
+
+    original = load_file(folder / "model.safetensors")
+    written = load_file(exported / "model.safetensors")
+    assert written.keys() == original.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in original.items())
+
+    expected = empty_storages(engine_layout(model).ranks[0], torch.float32)
+    load_tiles(engine_layout(model).ranks[0], box_reader(original), expected)
+    for outcome in outcomes:
+        assert outcome.received.keys() == expected.keys()
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(outcome.received[name], tensor.numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+def test_a_layout_that_disagrees_with_megatron_is_refused(parallel, hf_folder, tmp_path):
+    job = Job(hf_folder=hf_folder, parallel=parallel)
+    held = run_ranks(train, parallel.world_size, tmp_path, job)
+    for rank, outcome in enumerate(held):
+        storages = {name: torch.from_numpy(array) for name, array in outcome.storages.items()}
+        check_storages(trainer_layout(MODEL, parallel).ranks[rank], storages)
+        wider = MODEL.model_copy(update={"intermediate_size": 2 * MODEL.intermediate_size})
+        with pytest.raises(LayoutError, match=r"linear_fc1\.weight has shape"):
+            check_storages(trainer_layout(wider, parallel).ranks[rank], storages)
+
+
+def test_training_moves_what_is_published(hf_folder, tmp_path):
+    parallel = ParallelConfig(tp_size=2)
+    job = Job(hf_folder=hf_folder, parallel=parallel, publish=0)
+    before = run_ranks(train, 2, tmp_path, job)[0].received
+    job = Job(
+        hf_folder=hf_folder,
+        parallel=parallel,
+        publish=1,
+        batches=step_batches("sft", 1, MODEL.vocab_size),
+    )
+    after = run_ranks(train, 2, tmp_path, job)[0].received
+    assert all(not np.array_equal(before[name], after[name]) for name in before)
