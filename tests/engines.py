@@ -1,0 +1,108 @@
+"""Tiny engines with random weights, and teachers that lead them along a known response."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.flow import Teacher
+from npr_megatron.engine.model import storage_shapes
+from npr_megatron.records.request import GenerationRequest
+from npr_megatron.records.trajectory import DecodeMode, IntArray
+from npr_megatron.schema.tags import Vocabulary
+from npr_megatron.topology.layout import layout_of
+from tests.structures import NUM_IDS, SMALL
+
+TINY = ModelConfig(
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    vocab_size=NUM_IDS,
+    max_position_embeddings=512,
+)
+
+
+def random_weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Weights large enough that every layer and every token changes the distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: 1.0 + 0.2 * torch.randn(shape, generator=generator)
+        if name.endswith("norm.weight")
+        else torch.randn(shape, generator=generator)
+        * (0.3 if "embed" in name else 1.0 * shape[-1] ** -0.5)
+        for name, shape in storage_shapes(model).items()
+    }
+
+
+def tiny_engine(
+    *,
+    model: ModelConfig = TINY,
+    vocabulary: Vocabulary = SMALL,
+    num_kv_slots: int = 4096,
+    max_running: int = 64,
+    seed: int = 0,
+) -> Engine:
+    """An engine with random weights of version 0 that checks its slots after every step."""
+    config = EngineConfig(num_kv_slots=num_kv_slots, max_running=max_running, debug_checks=True)
+    engine = Engine(model, config, vocabulary)
+    engine.load(random_weights(model, seed))
+    return engine
+
+
+def request_for(
+    prompt_ids: Sequence[int],
+    *,
+    rollout: int = 0,
+    prompt_id: str = "p",
+    mode: DecodeMode = DecodeMode.PARALLEL,
+    max_new_tokens: int = 256,
+    max_critical_path: int = 256,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> GenerationRequest:
+    """A request with the defaults of these tests."""
+    return GenerationRequest(
+        prompt_id=prompt_id,
+        rollout=rollout,
+        prompt_ids=tuple(prompt_ids),
+        mode=mode,
+        max_new_tokens=max_new_tokens,
+        max_critical_path=max_critical_path,
+        seed=seed,
+        temperature=temperature,
+        top_p=top_p,
+    )
+
+
+def teacher_of(
+    token_ids: Sequence[int] | IntArray, prompt_length: int, vocabulary: Vocabulary
+) -> Teacher:
+    """Return the teacher that makes a branch-parallel engine write this response."""
+    layout = layout_of(token_ids, prompt_length, vocabulary)
+    return teacher_of_labels(
+        token_ids[prompt_length:], layout.block[prompt_length:], layout.branch[prompt_length:]
+    )
+
+
+def teacher_of_labels(
+    response_ids: Sequence[int] | IntArray, block: IntArray, branch: IntArray
+) -> Teacher:
+    """Return the teacher of a response whose tokens carry these labels; silent beyond its end."""
+    streams: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for token_id, *label in zip(response_ids, block.tolist(), branch.tolist(), strict=True):
+        streams[label[0], label[1]].append(int(token_id))
+
+    def teach(block: int, branch: int, index: int) -> int | None:
+        stream = streams[block, branch]
+        return stream[index] if index < len(stream) else None
+
+    return teach
