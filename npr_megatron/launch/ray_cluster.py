@@ -1,11 +1,9 @@
 """Ray for one run: a private head on this machine, or a seat in a cluster that is already there.
 
-Invariants: leaving the context stops what it started and removes its folder. After Ctrl-C the same
-    happens; after
-``kill -9`` of this process the kernel kills Ray's daemons and the actors follow them within seconds
-(Ray's two small agents, which hold neither memory-backed files nor devices, leave within a minute).
-Ray carries control and small batches only, so its object store is small. Nothing is printed: errors
-reach people as exceptions, actors' own output stays in the logs of the session.
+Invariants: leaving the context, by Ctrl-C too, stops what it started and removes its folder. After
+``kill -9`` of this process its reaper (``launch.reaper``) does the same within seconds. Ray carries
+control and small batches only, so its object store is small. Nothing is printed: errors reach
+people as exceptions, actors' own output stays in the logs of the session.
 """
 
 from __future__ import annotations
@@ -13,7 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from npr_megatron.config.engine import ClusterConfig
 from npr_megatron.errors import EnvironmentFault
+from npr_megatron.launch import reaper
 from npr_megatron.launch.placement import Need, Placement, require_room
 from npr_megatron.rollout.actors import Seat
 
@@ -86,15 +86,15 @@ class RayCluster:
         self._exit.close()
 
     def _start_or_join(self, started: ExitStack) -> None:
-        arguments: dict[str, Any] = {"address": self._config.ray_address}
-        if self._config.ray_address is None:
+        config = self._config
+        arguments: dict[str, Any] = {"address": config.ray_address}
+        if config.ray_address is None:
             folder = _session_folder()
-            started.callback(shutil.rmtree, folder, ignore_errors=True)
+            started.enter_context(_reaped(folder))
             total = self._placement.total
             arguments = {
-                "num_cpus": math.ceil(
-                    total.num_cpus
-                ),  # logical: what the run needs, not what the machine has
+                # Logical: what the run needs, whatever the machine has.
+                "num_cpus": math.ceil(total.num_cpus),
                 "num_gpus": math.ceil(total.num_gpus),
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
@@ -104,13 +104,10 @@ class RayCluster:
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
         except (RayError, OSError, RuntimeError, ValueError, TimeoutError) as error:
-            where = (
-                self._config.ray_address or f"a private head, port {self._config.ray_port or 'any'}"
-            )
+            where = config.ray_address or f"a private head, port {config.ray_port or 'any'}"
             raise EnvironmentFault(
                 f"Ray was asked for at {where} and did not come up: {error}; check that the "
-                "address is reachable "
-                "or the port free, and that /dev/shm has room"
+                "address is reachable or the port free, and that /dev/shm has room"
             ) from error
         _silence_driver()
 
@@ -167,10 +164,23 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def _session_folder() -> Path:
     """Return a new folder whose path is short enough for the sockets Ray puts into it."""
-    parent = tempfile.gettempdir()
+    parent = os.path.realpath(tempfile.gettempdir())
     if len(parent) + len("/npr-12345678") > _LONGEST_SOCKET_FOLDER:
         parent = "/tmp"
     return Path(tempfile.mkdtemp(prefix="npr-", dir=parent))
+
+
+@contextmanager
+def _reaped(folder: Path) -> Iterator[None]:
+    """Have what still writes below ``folder`` killed, and the folder removed, on every way out."""
+    command = [sys.executable, "-I", reaper.__file__, str(folder), str(os.getpid())]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    assert process.stdin is not None
+    try:
+        yield
+    finally:
+        process.stdin.close()
+        process.wait()  # the reaper has its own deadline
 
 
 def _remove(group: PlacementGroup) -> None:

@@ -8,6 +8,7 @@ whether somebody replaces it.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def outcome(call: ray.ObjectRef, what: str) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, NprError):
             return Failure(error.cause, is_ours=True)
-        text = f"{what} failed unexpectedly, a defect of this program or of the machine:\n{error}"
+        trace = _plain(error)
+        text = f"{what} failed unexpectedly, a defect of this program or of the machine:\n{trace}"
         return Failure(EnvironmentFault(text), is_ours=False)
     except RayActorError as error:
         return Death(_cause(error))
@@ -154,6 +156,11 @@ def _most_telling(bad: dict[int, Death | Failure], what: str) -> NprError:
             )
     failures = [result for _, result in sorted(bad.items()) if isinstance(result, Failure)]
     return min(failures, key=lambda failure: not failure.is_ours).error
+
+
+def _plain(error: Exception) -> str:
+    """Return Ray's trace without terminal colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
 
 
 def _cause(error: RayActorError) -> str:
