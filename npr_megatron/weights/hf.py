@@ -1,8 +1,8 @@
 """HF checkpoints of dense Qwen3: read lazily, written whole, or drawn from random numbers.
 
-``config.json`` is understood here and nowhere else. What this package cannot compute exactly (rope
-scaling, sliding windows, biases, quantised weights) is refused, never skipped. A folder appears
-under its final name only when complete.
+Tensors that the model does not have, or in a dtype that is not a plain float, are refused, never
+skipped. A written folder appears under its name only when complete. The architecture in
+``config.json`` is read by ``config.hf_architecture``, which needs no torch.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from npr_megatron.config.model import InitConfig, ModelConfig
-from npr_megatron.errors import InputError
+from npr_megatron.errors import InputError, LayoutError
 from npr_megatron.records.randomness import derive_seed
 from npr_megatron.weights.box import Box
 from npr_megatron.weights.layout import canonical_layout
@@ -46,11 +45,8 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _READABLE_DTYPES = ("F32", "BF16", "F16")
 
 
-# -- config.json --
-
-
 def hf_config(model: ModelConfig) -> dict[str, Any]:
-    """Return ``config.json`` of a Qwen3ForCausalLM; the inverse of :func:`model_config_from_hf`."""
+    """Return ``config.json`` of a Qwen3ForCausalLM, as ``config.hf_architecture`` reads it."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -65,60 +61,11 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def model_config_from_hf(path: str | Path) -> ModelConfig:
-    """Return the architecture of the checkpoint in folder ``path``.
-
-    Raises:
-        InputError: no readable ``config.json``, or it describes something this package does not
-            compute; the message lists every such thing.
-    """
-    config = _read_json(Path(path) / "config.json")
-    rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    problems = _unsupported(config, rope)
-    fields: dict[str, Any] = {"tie_word_embeddings": False, "max_position_embeddings": 32_768}
-    fields["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    for name, field in ModelConfig.model_fields.items():
-        if name in config:
-            fields[name] = config[name]
-        elif field.is_required():
-            problems.append(f"{name} is missing")
-    if problems:
-        raise InputError(f"{path} cannot be used as a dense Qwen3 model:\n" + "\n".join(problems))
-    try:
-        return ModelConfig(**fields)
-    except ValidationError as error:
-        raise InputError(f"{path}/config.json has impossible sizes:\n{error}") from error
-
-
-def _unsupported(config: Mapping[str, Any], rope: Mapping[str, Any]) -> list[str]:
-    """Return one line per thing that would change the mathematics."""
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    layer_types = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
-    checks = (
-        ("architectures", config.get("architectures"), ["Qwen3ForCausalLM"]),
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-        ("attention_bias", config.get("attention_bias", False), False),
-        ("rope type", rope_type, "default"),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
-        ("use_sliding_window", config.get("use_sliding_window", False), False),
-        ("layer_types other than full_attention", layer_types, []),
-        ("quantization_config", config.get("quantization_config"), None),
-    )
-    return [
-        f"{name} is {found!r}, supported is {supported!r}"
-        for name, found, supported in checks
-        if found != supported
-    ]
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}; give an HF folder") from error
-
-
-# -- reading --
 
 
 class HfCheckpoint:
@@ -193,9 +140,6 @@ def _tensor_problems(owners: Mapping[str, Any], model: ModelConfig) -> list[str]
     return sorted(problems)
 
 
-# -- writing --
-
-
 def write_hf(
     path: str | Path,
     model: ModelConfig,
@@ -215,15 +159,15 @@ def write_hf(
         max_file_bytes: weights are split over files of at most so many bytes (one tensor at least).
 
     Raises:
-        LayoutError: ``tensors`` are not the parameters of ``model``.
+        LayoutError: ``tensors`` are not the parameters of ``model``, or not fp32 or bf16.
         InputError: ``source_folder`` is not a folder.
     """
     check_storages(canonical_layout(model).ranks[0], tensors)
+    config = hf_config(model) | {"dtype": _dtype_name(tensors)}
     final = Path(path)
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    config = hf_config(model) | {"dtype": _DTYPE_NAMES[next(iter(tensors.values())).dtype]}
     if source_folder is not None:
         config |= _copy_companions(Path(source_folder), partial)
     _write_json(partial / "config.json", config)
@@ -231,6 +175,13 @@ def write_hf(
     for file in partial.iterdir():
         _flush(file)
     _replace_folder(partial, final)
+
+
+def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
+    dtype = next(iter(tensors.values())).dtype
+    if dtype not in _DTYPE_NAMES:
+        raise LayoutError(f"an HF folder was to be written in {dtype}; give fp32 or bf16 tensors")
+    return _DTYPE_NAMES[dtype]
 
 
 def _copy_companions(source: Path, folder: Path) -> dict[str, Any]:
@@ -289,9 +240,6 @@ def _replace_folder(new: Path, final: Path) -> None:
         final.rename(retired)
     new.rename(final)
     shutil.rmtree(retired, ignore_errors=True)
-
-
-# -- a new model --
 
 
 def random_init(model: ModelConfig, init: InitConfig, seed: int) -> dict[str, Tensor]:

@@ -161,9 +161,6 @@ def _require_disjoint(parameter: str, boxes: Sequence[Box]) -> None:
                 )
 
 
-# -- which replica serves what --
-
-
 def _choose_sources(pieces: Sequence[_Piece], num_sources: int) -> list[Copy]:
     """Give each bundle to its least loaded holder, what has no choice and what is large first.
 
