@@ -45,7 +45,8 @@ def read_jsonl(path: str | Path) -> list[Problem]:
         )
     faults: list[str] = []
     problems: dict[str, Problem] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): a question may hold other line separators, such as U+2028, unescaped.
+    for number, line in enumerate(_text_of(file).split("\n"), start=1):
         if not line.strip():
             continue
         problem = _parse_line(line)
@@ -65,6 +66,15 @@ def read_jsonl(path: str | Path) -> list[Problem]:
             f"{len(faults)} wrong: {'; '.join(listed)}; correct or delete these lines"
         )
     return list(problems.values())
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file}: problems must be UTF-8 text; byte {error.start} is not; convert the file"
+        ) from error
 
 
 def _parse_line(line: str) -> Problem | str:

@@ -44,8 +44,9 @@ def add_tags(folder_in: str | Path, folder_out: str | Path) -> None:
         )
     hf = load_hf(source)
     words = {tag: _ids(hf, tag.strip("<>")) for tag in Tag if len(_ids(hf, tag)) != 1}
-    rows = _spare_rows(source, hf, len(words))
     hf.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in words])
+    rows = [_ids(hf, tag)[0] for tag in words]
+    _require_spare_rows(source, rows)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(
@@ -73,23 +74,23 @@ def init_tag_rows(
     return np.stack([table[list(ids)].astype(np.float32).mean(axis=0) for ids in word_ids])
 
 
-def _spare_rows(folder: Path, hf: PreTrainedTokenizerFast, num_missing: int) -> range:
-    """Return the ids the missing tags will get."""
+def _require_spare_rows(folder: Path, rows: Sequence[int]) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise InputError(
             f"a model was asked for in {folder}; found no config.json; name a Hugging Face folder"
         )
     num_rows = int(json.loads(config.read_text())["vocab_size"])
-    if len(hf) + num_missing > num_rows:
+    if rows and max(rows) >= num_rows:
         raise InputError(
-            f"{num_missing} tags need spare embedding rows; {folder} has {num_rows} rows and "
-            f"{len(hf)} tokens; enlarge the embedding (vocab_size) first"
+            f"{len(rows)} tags need the embedding rows {min(rows)} to {max(rows)}; {folder} has "
+            f"{num_rows} rows; enlarge its embedding (vocab_size) first"
         )
-    return range(len(hf), len(hf) + num_missing)
 
 
-def _copy_shard(source: Path, target: Path, rows: range, word_ids: Sequence[Sequence[int]]) -> None:
+def _copy_shard(
+    source: Path, target: Path, rows: Sequence[int], word_ids: Sequence[Sequence[int]]
+) -> None:
     """Copy a safetensors file, with new rows where it holds the embedding or the LM head."""
     with safe_open(source, framework="pt") as file:
         tables = [name for name in _TABLES if name in file.keys()]  # noqa: SIM118
@@ -102,7 +103,7 @@ def _copy_shard(source: Path, target: Path, rows: range, word_ids: Sequence[Sequ
         needed = sorted({token_id for ids in word_ids for token_id in ids})
         local = [[needed.index(token_id) for token_id in ids] for ids in word_ids]
         new_rows = init_tag_rows(tensors[name][needed].float().numpy(), local)
-        tensors[name][rows.start : rows.stop] = torch.from_numpy(new_rows).to(tensors[name].dtype)
+        tensors[name][rows] = torch.from_numpy(new_rows).to(tensors[name].dtype)
     save_file(tensors, target, metadata=metadata)
 
 

@@ -17,7 +17,8 @@ _BOX = "\\boxed{"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 _RATIO = re.compile(r"([+-]?\d+)/(\d+)")
 _GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
-_FRACTION = re.compile(r"\\[dt]?frac(?:\{([^{}]*)\}|(\d))(?:\{([^{}]*)\}|(\d))")
+# Behind a digit it is a mixed number; around a sum, a slash would bind differently. Both are kept.
+_FRACTION = re.compile(r"(?<!\d)\\[dt]?frac(?:\{([+-]?[\w.\\]+)\}|(\d))(?:\{([\w.\\]+)\}|(\d))")
 _WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\{([^{}]*)\}")
 _DECORATION = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[,;:! ]|\$|\s+")
 

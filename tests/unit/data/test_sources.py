@@ -37,6 +37,19 @@ def test_numbers_blank_lines_and_further_keys_are_fine(tmp_path):
     assert read_jsonl(path) == [Problem(id="7", question="Two?", answer="2.5")]
 
 
+def test_a_line_separator_inside_a_question_does_not_end_the_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"id": "1", "question": "one\u2028two", "answer": "3"}\r\n', "utf-8")
+    assert read_jsonl(path) == [Problem(id="1", question="one\u2028two", answer="3")]
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"id": "1", "question": "größer?", "answer": "3"}'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin\.jsonl: problems must be UTF-8 text; byte 27"):
+        read_jsonl(path)
+
+
 def test_every_wrong_line_is_named_at_once(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(

@@ -76,7 +76,7 @@ def test_a_closer_is_made_from_the_word_with_its_slash(chat_folder):
 def test_too_few_spare_rows_are_counted(model_folder, tmp_path):
     num_tokens = len(AutoTokenizer.from_pretrained(model_folder))
     (model_folder / "config.json").write_text(json.dumps({"vocab_size": num_tokens + 7}))
-    with pytest.raises(InputError, match=f"8 tags .* {num_tokens + 7} rows and {num_tokens} token"):
+    with pytest.raises(InputError, match=f"8 tags .* {num_tokens} to {num_tokens + 7}"):
         add_tags(model_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -48,6 +48,8 @@ def test_a_box_outside_the_window_is_not_seen():
         ("2/4", "1/2"),
         ("+5", "5"),
         ("5.", "5"),
+        (r"\frac{\pi}{2}", r"\pi/2"),
+        (r"1 \frac{1}{2}", r"1\frac{1}{2}"),
         ("007", "7"),
         (r"\text{Monday}", "Monday"),
         (r"\left(1, 2\right)", "(1,2)"),
@@ -76,6 +78,8 @@ def test_equal_answers_match_however_they_are_dressed(found, expected):
         ("2x+2", "2(x+1)"),
         ("3,,4", "3,4"),
         ("1e3", "1000"),
+        (r"1\frac{1}{2}", "11/2"),
+        (r"\frac{a+b}{c}", "a+b/c"),
     ],
 )
 def test_different_answers_do_not_match(found, expected):
