@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from jobs import MODEL
 
 from npr_megatron.config.model import InitConfig, ModelConfig
 from npr_megatron.weights.hf import random_init, write_hf
+from tests.distributed.jobs import MODEL
 
 
 def write_model(folder, model: ModelConfig):

@@ -1,4 +1,4 @@
-"""What ranks do in these tests. Megatron is imported in the ranks only, so collecting stays fast."""
+"""What ranks do in these tests. Only ranks import Megatron, so collecting stays fast."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Job:
     load_from: Path | None = None
     batches: tuple[StepBatch, ...] = ()
     save_to: Path | None = None
-    score: StepBatch | None = None
+    score: tuple[StepBatch, ...] = ()
     publish: int | None = None
     export_to: Path | None = None
 
@@ -55,7 +55,7 @@ class Outcome:
     results: list[StepResult] = field(default_factory=list)
     storages: dict[str, np.ndarray] = field(default_factory=dict)
     progress: dict[str, Any] | None = None
-    logprobs: list[np.ndarray] = field(default_factory=list)
+    logprobs: list[list[np.ndarray]] = field(default_factory=list)
     received: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -90,7 +90,7 @@ def train(rank: int, world_size: int, init_method: str, job: Job) -> Outcome:
         results=results,
         storages={name: tensor.clone().numpy() for name, tensor in trainer.storages.items()},
         progress=progress,
-        logprobs=trainer.score(job.score) if job.score else [],
+        logprobs=[trainer.score(batch) for batch in job.score],
         received=_received(trainer, world_size, job) if job.publish is not None else {},
     )
     trainer.close()

@@ -9,47 +9,28 @@ from npr_megatron.data.packing import pack
 from npr_megatron.data.samples import sft_sample
 from npr_megatron.records.sample import PackedBatch, TrainingSample
 from npr_megatron.schema.render import render
-from npr_megatron.schema.tags import Vocabulary
 from npr_megatron.topology.layout import layout_of
 from npr_megatron.train.step import StepBatch
-
-VOCABULARY = Vocabulary(
-    guideline_open=0,
-    guideline_close=1,
-    plan_open=2,
-    plan_close=3,
-    step_open=4,
-    step_close=5,
-    takeaway_open=6,
-    takeaway_close=7,
-    newline=8,
-    eos=9,
-    index_ids=((10, 15), (11, 15), (12, 15), (13, 15), (14, 15)),
-    blank_ids=frozenset({8}),
-)
-FIRST_TEXT_ID = 16
+from tests.structures import SMALL, WORDS
 
 
-def branched_sample(
-    rng: np.random.Generator, vocab_size: int, num_blocks: int = 3
-) -> TrainingSample:
-    """Return a sample of ``num_blocks`` forks with 1..4 branches of unequal lengths."""
+def branched_sample(rng: np.random.Generator, num_blocks: int = 3) -> TrainingSample:
+    """Return a sample of ``num_blocks`` forks with 2..4 branches of unequal lengths."""
 
     def text(low: int, high: int) -> list[int]:
-        return rng.integers(FIRST_TEXT_ID, vocab_size, rng.integers(low, high)).tolist()
+        return rng.choice(WORDS, rng.integers(low, high)).tolist()
 
     blocks = []
     for _ in range(num_blocks):
         plans = [text(1, 3) for _ in range(rng.integers(2, 5))]
         blocks.append((plans, [text(1, 7) for _ in plans], text(1, 4)))
     prompt = text(3, 8)
-    token_ids = [*prompt, *render(blocks, text(2, 5), VOCABULARY)]
-    return sft_sample(token_ids, len(prompt), layout_of(token_ids, len(prompt), VOCABULARY))
+    token_ids = [*prompt, *render(blocks, text(2, 5), SMALL)]
+    return sft_sample(token_ids, len(prompt), layout_of(token_ids, len(prompt), SMALL))
 
 
 def packed(
     seed: int,
-    vocab_size: int,
     *,
     num_samples: int = 9,
     row_tokens: int = 448,
@@ -58,7 +39,7 @@ def packed(
 ) -> tuple[PackedBatch, ...]:
     """Return microbatches with random advantages and rollout log-probs on the loss tokens."""
     rng = np.random.default_rng(seed)
-    samples = [branched_sample(rng, vocab_size) for _ in range(num_samples)]
+    samples = [branched_sample(rng) for _ in range(num_samples)]
     microbatches = pack(samples, row_tokens, rows_per_microbatch, num_replicas)
     for batch in microbatches:
         has_loss = batch.labels >= 0
@@ -67,9 +48,9 @@ def packed(
     return microbatches
 
 
-def step_batches(kind: str, num_steps: int, vocab_size: int) -> tuple[StepBatch, ...]:
+def step_batches(kind: str, num_steps: int) -> tuple[StepBatch, ...]:
     """Return the global batches of ``num_steps`` steps under one loss."""
     return tuple(
-        StepBatch(microbatches=packed(seed, vocab_size), loss=LossConfig(kind=kind))
+        StepBatch(microbatches=packed(seed), loss=LossConfig(kind=kind))
         for seed in range(num_steps)
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from harness import run_ranks
-from jobs import MODEL, Job, train, whole_model
-from samples import step_batches
 
 from npr_megatron.config.training import ParallelConfig
+from tests.distributed.harness import run_ranks
+from tests.distributed.jobs import MODEL, Job, train, whole_model
+from tests.distributed.samples import step_batches
 
-BATCHES = step_batches("sft", 4, MODEL.vocab_size)
+BATCHES = step_batches("sft", 4)
 
 
 def run(tmp_path, parallel, **job):
@@ -19,8 +19,9 @@ def run(tmp_path, parallel, **job):
     return outcomes[0], weights
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(tp_size=2), ParallelConfig(dp_size=2)], ids=str)
-def test_resumed_run_is_bitwise_the_uninterrupted_one(parallel, hf_folder, tmp_path):
+@pytest.mark.parametrize("size", ["tp_size", "dp_size"])
+def test_resumed_run_is_bitwise_the_uninterrupted_one(size, hf_folder, tmp_path):
+    parallel = ParallelConfig(**{size: 2})
     saved = tmp_path / "checkpoints"
     whole, expected = run(tmp_path, parallel, hf_folder=hf_folder, batches=BATCHES)
     run(tmp_path, parallel, hf_folder=hf_folder, batches=BATCHES[:2], save_to=saved)

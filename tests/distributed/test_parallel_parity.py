@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from harness import run_ranks
-from jobs import MODEL, Job, gradients, train, whole_model
-from samples import step_batches
 
 from npr_megatron.config.training import ParallelConfig
+from tests.distributed.harness import run_ranks
+from tests.distributed.jobs import MODEL, Job, gradients, train, whole_model
+from tests.distributed.samples import step_batches
 
 LAYOUTS = {
     "tp2": ParallelConfig(tp_size=2),
@@ -23,7 +23,7 @@ def train_under(parallel, kind, hf_folder, tmp_path):
     job = Job(
         hf_folder=hf_folder,
         parallel=parallel,
-        batches=step_batches(kind, NUM_STEPS, MODEL.vocab_size),
+        batches=step_batches(kind, NUM_STEPS),
     )
     outcomes = run_ranks(train, parallel.world_size, tmp_path, job)
     weights = whole_model([outcome.storages for outcome in outcomes], MODEL, parallel)
@@ -59,7 +59,7 @@ def test_gradients_equal_one_rank(layout, hf_folder, tmp_path):
         job = Job(
             hf_folder=hf_folder,
             parallel=parallel,
-            batches=step_batches("papo", 1, MODEL.vocab_size),
+            batches=step_batches("papo", 1),
         )
         held = run_ranks(gradients, parallel.world_size, tmp_path, job)
         return whole_model(held, MODEL, parallel)

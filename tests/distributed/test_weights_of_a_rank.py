@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from harness import run_ranks
-from jobs import MODEL, Job, train
 from safetensors.torch import load_file
-from samples import step_batches
 
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import LayoutError
 from npr_megatron.weights.layout import engine_layout, trainer_layout
 from npr_megatron.weights.storages import box_reader, check_storages, empty_storages, load_tiles
+from tests.distributed.harness import run_ranks
+from tests.distributed.jobs import MODEL, Job, train
+from tests.distributed.samples import step_batches
 
 UNTIED = MODEL.model_copy(update={"tie_word_embeddings": False})
 LAYOUTS = [ParallelConfig(tp_size=tp, pp_size=pp) for tp in (1, 2) for pp in (1, 2)]
@@ -62,7 +62,7 @@ def test_training_moves_what_is_published(hf_folder, tmp_path):
         hf_folder=hf_folder,
         parallel=parallel,
         publish=1,
-        batches=step_batches("sft", 1, MODEL.vocab_size),
+        batches=step_batches("sft", 1),
     )
     after = run_ranks(train, 2, tmp_path, job)[0].received
     assert all(not np.array_equal(before[name], after[name]) for name in before)
