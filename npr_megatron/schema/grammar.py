@@ -175,8 +175,7 @@ class Grammar:
         self._tags = vocabulary.tags
         special = {*self._tags, vocabulary.eos, vocabulary.newline}
         special.update(token_id for index in vocabulary.index_ids for token_id in index)
-        # Ids with a role stand for themselves; all others fall into two classes, so the table stays
-        # small.
+        # Ids with a role stand for themselves; all others fall into two classes: a small table.
         self._symbols = dict.fromkeys(vocabulary.blank_ids, _BLANK) | {i: i for i in special}
         self._blank = (vocabulary.blank_ids & special) | {_BLANK, vocabulary.newline}
         self._table: dict[tuple[State, int], _Step] = {}

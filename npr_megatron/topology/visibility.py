@@ -56,5 +56,6 @@ def dense_mask(segment: Any, block: Any, branch: Any) -> Any:
         block[..., :, None], branch[..., :, None], block[..., None, :], branch[..., None, :]
     )
     mask &= sample[..., :, None] == sample[..., None, :]
-    mask &= offset[..., :, None] >= offset[..., None, :]
+    row = offset.reshape(-1, offset.shape[-1])[0]  # the same in every row
+    mask &= row[:, None] >= row
     return mask

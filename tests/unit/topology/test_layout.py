@@ -111,6 +111,18 @@ def test_predecessors_of_a_truncated_trajectory_need_no_closing():
     assert predecessors(block[:0], branch[:0]).tolist() == []
 
 
+@pytest.mark.parametrize(
+    ("block", "branch", "expected"),
+    [
+        ([0, 1, 2], [0, 1, 1], [-1, 0, -1]),  # a first branch right behind one of another block
+        ([1, 2], [2, 1], [-1, -1]),
+        ([0, 1, 0], [0, 2, 0], [-1, -1, -1]),  # a later branch right behind the trunk
+    ],
+)
+def test_labels_no_legal_response_has_never_chain_branches(block, branch, expected):
+    assert predecessors(np.array(block), np.array(branch)).tolist() == expected
+
+
 def test_plain_layout_is_sequential():
     layout = plain_layout(4, prompt_length=1)
     assert layout.position_ids.tolist() == [0, 1, 2, 3]
