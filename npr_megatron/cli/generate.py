@@ -44,7 +44,7 @@ def generate(
 
     Examples:
 
-      npr generate runs/quickstart-seed0/stages/npr/hf "1+2+9;3+5+4;7+7+2=?"
+      npr generate runs/quickstart-seed0/stages/npr/hf "a=1+2+9;b=3+5+4;c=7+7+2?"
 
       npr generate MODEL_DIR --file problems.jsonl --temperature 1 --json
     """

@@ -46,9 +46,7 @@ def pipeline(
     """
     changes = [*(overrides or []), *([] if seed is None else [f"run.seed={seed}"])]
     config = load_checked(run_file, changes)
-    last = next((name for name in STAGES if name == until), None)
-    if until is not None and last is None:
-        raise ConfigError(f"--until {until!r} is no stage; choose one of {', '.join(STAGES)}")
+    last = None if until is None else _stage(until)
     if dry_run:
         if as_json:
             print(config.model_dump_json(indent=2))
@@ -59,6 +57,13 @@ def pipeline(
         run_folder = _run(config, until=last, fresh=fresh, to_stderr=as_json)
     if as_json:
         print(json.dumps(_result(run_folder)))
+
+
+def _stage(text: str) -> StageName:
+    names: list[str] = list(STAGES)
+    if text not in names:
+        raise ConfigError(f"--until {text!r} is no stage; choose one of {', '.join(STAGES)}")
+    return STAGES[names.index(text)]
 
 
 def describe(config: RunConfig, until: StageName | None) -> Table:

@@ -107,7 +107,7 @@ class LiveView:
     def end_stage(self) -> None:
         """Print the last state of the stage and stop showing it."""
         stage = self._current()
-        self._stage = None
+        self._stage, self._activity = None, ""
         if self._live is not None:
             self._console.print(stage.table())
         self._print_plain(stage.closing_line())

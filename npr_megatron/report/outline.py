@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from npr_megatron.errors import InputError
-from npr_megatron.records.trajectory import Trajectory
+from npr_megatron.records.trajectory import FinishReason, Trajectory
 from npr_megatron.schema.tags import Tag
 
 
@@ -39,7 +39,7 @@ class Box:
 
     kind: BoxKind
     text: str
-    """Decoded text without tags, stripped."""
+    """Decoded text without tags and end token, stripped."""
     num_tokens: int
     """Tokens in the box, tags and inner boxes included."""
     first_position: int
@@ -88,7 +88,8 @@ def outline(trajectory: Trajectory, pieces: Sequence[str]) -> tuple[Box, ...]:
         if place != previous:
             scan.leave_branch()
         previous = place
-        scan.take(pieces[index], positions[index])
+        is_end = index == len(pieces) - 1 and trajectory.finish is FinishReason.STOP
+        scan.take("" if is_end else pieces[index], positions[index])
     prompt = Box(
         kind=BoxKind.PROMPT,
         text="".join(pieces[:start]).strip(),

@@ -20,6 +20,7 @@ from npr_megatron.errors import InputError
 from npr_megatron.observability.metrics import MetricsLine, read_json_lines, read_metrics
 from npr_megatron.records.trajectory import FinishReason, Trajectory
 from npr_megatron.report.charts import OTHER_COLOR, STAGE_COLORS, Curve, draw_curve, draw_progress
+from npr_megatron.report.live import show_duration
 from npr_megatron.report.outline import outline
 from npr_megatron.report.table import COLUMNS, Evaluation, stage_rows
 from npr_megatron.report.tree import headline
@@ -120,12 +121,11 @@ def _stages(metrics: Sequence[MetricsLine]) -> list[dict[str, Any]]:
     stages: list[dict[str, Any]] = []
     for name in names:
         lines = [line for line in metrics if line.stage == name]
-        took_s = lines[-1].time_s - lines[0].time_s
         stages.append(
             {
                 "title": STAGE_TITLES.get(name, name),
                 "num_steps": len(lines),
-                "minutes": took_s / 60,
+                "took": show_duration(lines[-1].time_s - lines[0].time_s),
                 "charts": [draw_curve(curve) for curve in _curves(name, lines)],
             }
         )

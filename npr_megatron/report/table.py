@@ -41,20 +41,22 @@ def stage_rows(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
 
 def stage_table(evaluations: Sequence[Evaluation], *, title: str | None = None) -> Table:
     """Return the table printed at the end of a run; measurements that were not taken are ``-``."""
-    table = Table(title=title, box=borders.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=borders.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,  # so that ten columns fit a terminal of 80
+    )
     for column in COLUMNS:
         is_word = column.title in ("stage", "decoding")
         table.add_column(column.title, justify="left" if is_word else "right", no_wrap=True)
-    previous = None
-    for row in stage_rows(evaluations):
-        table.add_row(
-            *(column.cell(row) for column in COLUMNS),
-            style="bold" if row["mode"] == "parallel" else None,
-            end_section=False,
-        )
-        previous = row["stage"]
-    if previous is None:
-        table.add_row("nothing measured yet", *[""] * (len(COLUMNS) - 1))
+    rows = stage_rows(evaluations)
+    for row in rows:
+        style = "bold" if row["mode"] == "parallel" else None
+        table.add_row(*(column.cell(row) for column in COLUMNS), style=style)
+    if not rows:
+        table.caption = "nothing was measured yet"
     return table
 
 
