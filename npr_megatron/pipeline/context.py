@@ -60,7 +60,7 @@ class RunContext:
             The last step already done.
         """
         num_steps = last_step - first_step
-        if not checkpoints.exists():
+        if not (checkpoints / "latest").exists():
             self.trainer.load_hf(initial)
             self.trainer.begin_stage(optimizer, num_steps)
             done = first_step
@@ -90,15 +90,19 @@ class RunContext:
         rollout: int,
         mode: DecodeMode,
     ) -> GenerationRequest:
-        """Return the request for one rollout; ``purpose`` (stage and step) keys its randomness."""
+        """Return the request for one rollout; ``purpose`` (stage and step) keys its randomness.
+
+        What prompt and answer take together fits a packed row of the trainer.
+        """
         sampling = self.config.sampling
+        room = self.config.trainer.row_tokens - len(prompt_ids)
         return GenerationRequest(
             prompt_id=prompt_id,
             rollout=rollout,
             prompt_ids=prompt_ids,
             mode=mode,
-            max_new_tokens=sampling.max_new_tokens,
-            max_critical_path=sampling.max_critical_path,
+            max_new_tokens=min(sampling.max_new_tokens, room),
+            max_critical_path=min(sampling.max_critical_path, room),
             seed=derive_seed(self.config.run.seed, purpose, prompt_id, rollout),
             temperature=sampling.temperature,
             top_p=sampling.top_p,

@@ -77,11 +77,11 @@ def rl_step(context: RunContext, recipe: RlRecipe, problems: ProblemSource, step
     result = learn(context, recipe, trajectories, scores)
     values["train/updated"] = float(result is not None)
     push_s = 0.0
-    if result is not None:
+    if result is not None:  # else nothing changed: a resumed run comes to the same conclusion
         values |= step_metrics(result)
         push_s = context.push(recipe.stage, step)
-    if step % context.config.checkpoint.every_rl_steps == 0 or step == recipe.settings.num_steps:
-        context.trainer.save(context.folder.checkpoints(recipe.stage), {"step": step})
+        if step % context.config.checkpoint.every_rl_steps == 0:
+            context.trainer.save(context.folder.checkpoints(recipe.stage), {"step": step})
     values |= {"push/s": push_s, "step/s": time.perf_counter() - started}
     context.record(recipe.stage, step, values)
     if step % SAMPLES_SHOWN_EVERY == 1:

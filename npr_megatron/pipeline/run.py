@@ -46,11 +46,14 @@ def run_pipeline(
             every problem is listed, before anything is started.
         InputError: a file, tokenizer or an earlier run in the folder is not what ``config`` says.
     """
-    model, problems, tokenizer_folder = prepare(config)
+    model, problems = prepare(config)
+    given = Path(config.model.path) if config.model.path else None
+    if given is not None:  # refused before anything is written
+        load_tokenizer(given, max_plans=config.engine.max_plans)
     folder = RunFolder.of(config)
     folder.open(config, fresh=fresh)
-    if tokenizer_folder is None:
-        tokenizer_folder = folder.path / "tokenizer"
+    tokenizer_folder = given or folder.path / "tokenizer"
+    if given is None:
         build_sums_tokenizer(tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder, max_plans=config.engine.max_plans)
     _require_rows(model, tokenizer)
@@ -66,11 +69,11 @@ def run_pipeline(
     return folder.path
 
 
-def prepare(config: RunConfig) -> tuple[ModelConfig, ProblemSource, Path | None]:
+def prepare(config: RunConfig) -> tuple[ModelConfig, ProblemSource]:
     """Check everything that can be checked without starting anything.
 
     Returns:
-        The architecture, the problems, and the tokenizer's folder (None: the run writes its own).
+        The architecture and the problems.
 
     Raises:
         ConfigError: listing every problem.
@@ -82,8 +85,7 @@ def prepare(config: RunConfig) -> tuple[ModelConfig, ProblemSource, Path | None]
     model = config.model.architecture or architecture
     assert model is not None, "check_run demands a model"
     require_environment(config, model)
-    folder = Path(config.model.path) if config.model.path else None
-    return model, open_source(config.task, config.run.seed), folder
+    return model, open_source(config.task, config.run.seed)
 
 
 @contextmanager
@@ -126,7 +128,7 @@ def _at_work(
             tokenizer=tokenizer,
             tokenizer_folder=tokenizer_folder,
             prompts=PromptBuilder(tokenizer),
-            reader=Reader(tokenizer.vocabulary, tokenizer.decode),
+            reader=Reader(tokenizer.decode, tokenizer.vocabulary),
             is_faithful=is_faithful if isinstance(config.task, SumsTask) else None,
             metrics=MetricsLog(folder.metrics),
             view=view,

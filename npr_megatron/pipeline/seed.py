@@ -112,7 +112,7 @@ def _random_model(context: RunContext) -> Path:
     assert section.architecture is not None, "check_run demands an architecture with a seed stage"
     if not folder.exists():
         tensors = random_init(section.architecture, section.init, context.config.run.seed)
-        write_hf(folder, section.architecture, tensors, context.tokenizer_folder)
+        write_hf(folder, section.architecture, tensors, source_folder=context.tokenizer_folder)
     return folder
 
 

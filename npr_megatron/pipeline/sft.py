@@ -44,7 +44,7 @@ def sft_steps(
         )
         result = context.trainer.train_step(StepBatch(microbatches=microbatches, loss=SFT_LOSS))
         seconds = time.perf_counter() - started
-        if step % every == 0 or step == last_step:
+        if step % every == 0 and step < last_step:  # at the end the model itself is exported
             context.trainer.save(checkpoints, {"step": step})
         context.record(
             stage,

@@ -30,7 +30,7 @@ def run_stage(context: RunContext, problems: ProblemSource, stage: StageName) ->
         context.folder.finish(stage)
         return
     steps = num_steps(context.config, stage)
-    context.view.begin_stage(stage, steps, unit="steps")
+    context.view.begin_stage(stage, steps, unit="step")
     {"seed": train_seed, "zero": _zero, "beta": _beta, "npr": _npr}[stage](context, problems)
     context.view.end_stage()
     context.trainer.export_hf(context.folder.hf(stage), context.tokenizer_folder)
