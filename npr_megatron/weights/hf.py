@@ -11,8 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,17 +164,11 @@ def write_hf(
     """
     check_storages(canonical_layout(model).ranks[0], tensors)
     config = hf_config(model) | {"dtype": _dtype_name(tensors)}
-    final = Path(path)
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if source_folder is not None:
-        config |= _copy_companions(Path(source_folder), partial)
-    _write_json(partial / "config.json", config)
-    _write_tensors(partial, tensors, max_file_bytes)
-    for file in partial.iterdir():
-        _flush(file)
-    _replace_folder(partial, final)
+    with _replaced_folder(Path(path)) as folder:
+        if source_folder is not None:
+            config |= _copy_companions(Path(source_folder), folder)
+        _write_json(folder / "config.json", config)
+        _write_tensors(folder, tensors, max_file_bytes)
 
 
 def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
@@ -223,6 +217,27 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def _replaced_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``final`` if the body succeeds and vanishes if not."""
+    partial = final.with_name(f".{final.name}.partial")
+    retired = final.with_name(f".{final.name}.retired")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _flush(file)
+        # POSIX cannot swap two folders: the old one steps aside first.
+        shutil.rmtree(retired, ignore_errors=True)
+        if final.exists():
+            final.rename(retired)
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
 def _flush(file: Path) -> None:
     """Force the bytes to disk, or a power cut after the rename leaves an empty file."""
     descriptor = os.open(file, os.O_RDONLY)
@@ -230,16 +245,6 @@ def _flush(file: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _replace_folder(new: Path, final: Path) -> None:
-    """Put ``new`` at ``final``; POSIX cannot swap folders, so the old one steps aside first."""
-    retired = final.with_name(f".{final.name}.retired")
-    shutil.rmtree(retired, ignore_errors=True)
-    if final.exists():
-        final.rename(retired)
-    new.rename(final)
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 def random_init(model: ModelConfig, init: InitConfig, seed: int) -> dict[str, Tensor]:

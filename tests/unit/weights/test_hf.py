@@ -1,0 +1,170 @@
+"""HF folders: what transformers makes of ours, what we make of broken ones, random models."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from npr_megatron.config.hf_architecture import read_architecture
+from npr_megatron.config.model import InitConfig
+from npr_megatron.config.training import ParallelConfig
+from npr_megatron.errors import InputError, LayoutError
+from npr_megatron.weights.hf import hf_config, random_init, read_hf, write_hf
+from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.storages import empty_storages, load_tiles
+from tests.unit.weights.oracles import num_different, tiny_model, trainer_storages
+
+MODEL = tiny_model(hidden_size=16, head_dim=8, rope_theta=5e5)
+UNTIED = MODEL.model_copy(update={"tie_word_embeddings": False})
+
+
+@pytest.mark.parametrize("model", [MODEL, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("max_file_bytes", [10**9, 5000], ids=["one file", "many files"])
+def test_transformers_loads_the_same_tensors_under_the_same_names(tmp_path, model, max_file_bytes):
+    from transformers import AutoModelForCausalLM
+
+    weights = random_init(model, InitConfig(), seed=1)
+    write_hf(tmp_path / "model", model, weights, max_file_bytes=max_file_bytes)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    found = loaded.state_dict()
+    assert set(found) - set(weights) == ({"lm_head.weight"} if model.tie_word_embeddings else set())
+    assert num_different([{name: found[name] for name in weights}], [weights]) == 0
+    assert loaded.config.rope_parameters["rope_theta"] == model.rope_theta
+    assert loaded.dtype == torch.float32
+
+
+@pytest.mark.parametrize("max_file_bytes", [10**9, 5000])
+def test_written_folder_loads_into_trainer_shards(tmp_path, max_file_bytes):
+    weights = random_init(UNTIED, InitConfig(), seed=1)
+    write_hf(tmp_path / "model", UNTIED, weights, max_file_bytes=max_file_bytes)
+    parallel = ParallelConfig(tp_size=4, pp_size=2)
+    layout = trainer_layout(UNTIED, parallel)
+    ranks = [empty_storages(rank, torch.float32) for rank in layout.ranks]
+    with read_hf(tmp_path / "model", read_architecture(tmp_path / "model")) as checkpoint:
+        for rank, storages in zip(layout.ranks, ranks, strict=True):
+            load_tiles(rank, checkpoint.read, storages)
+    assert num_different(ranks, trainer_storages(UNTIED, parallel, weights)) == 0
+
+
+def test_config_comes_back_as_the_same_architecture(tmp_path):
+    for model in (MODEL, UNTIED):
+        (tmp_path / "config.json").write_text(json.dumps(hf_config(model)))
+        assert read_architecture(tmp_path) == model
+
+
+def test_tokenizer_files_and_special_ids_come_from_the_source_folder(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "model.safetensors").write_text("must not be copied")
+    (source / "config.json").write_text(json.dumps({"eos_token_id": 7, "vocab_size": 1}))
+    write_hf(tmp_path / "out", MODEL, random_init(MODEL, InitConfig(), 1), source_folder=source)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["eos_token_id"], config["vocab_size"]) == (7, MODEL.vocab_size)
+    with pytest.raises(InputError, match="is not a folder"):
+        write_hf(tmp_path / "out", MODEL, random_init(MODEL, InitConfig(), 1), source_folder="no")
+
+
+def test_rewritten_folder_holds_the_new_weights_and_nothing_of_the_old(tmp_path):
+    write_hf(tmp_path / "m", MODEL, random_init(MODEL, InitConfig(), 1), max_file_bytes=5000)
+    second = random_init(MODEL, InitConfig(), 2)
+    write_hf(tmp_path / "m", MODEL, second)
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert num_different([load_file(tmp_path / "m" / "model.safetensors")], [second]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_failed_write_leaves_the_old_folder_alone(tmp_path):
+    first = random_init(MODEL, InitConfig(), 1)
+    write_hf(tmp_path / "m", MODEL, first)
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "config.json").write_text("not json")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        write_hf(
+            tmp_path / "m",
+            MODEL,
+            random_init(MODEL, InitConfig(), 2),
+            source_folder=tmp_path / "blocked",
+        )
+    assert num_different([load_file(tmp_path / "m" / "model.safetensors")], [first]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["blocked", "m"]
+
+
+def test_tensors_that_are_not_the_models_are_not_written(tmp_path):
+    weights = random_init(MODEL, InitConfig(), 1)
+    with pytest.raises(LayoutError, match=r"lm_head\.weight .* is missing"):
+        write_hf(tmp_path / "m", UNTIED, weights)
+    with pytest.raises(LayoutError, match="fp32 or bf16"):
+        write_hf(tmp_path / "m", MODEL, {n: t.double() for n, t in weights.items()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_wrong_tensor_of_a_checkpoint_is_listed(tmp_path):
+    weights = random_init(MODEL, InitConfig(), 1)
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(3)
+    weights["model.norm.weight"] = torch.ones(3)
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(8, 16, dtype=torch.int8)
+    del weights["model.layers.2.mlp.gate_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(InputError) as refused:
+        read_hf(tmp_path, MODEL)
+    for problem in (
+        "unknown tensor model.layers.0.self_attn.q_proj.bias",
+        "model.norm.weight has shape [3], expected [16]",
+        "model.layers.1.mlp.up_proj.weight is I8",
+        "missing tensor model.layers.2.mlp.gate_proj.weight",
+    ):
+        assert problem in str(refused.value)
+
+
+def test_head_stored_beside_a_tied_embedding_is_ignored(tmp_path):
+    weights = random_init(MODEL, InitConfig(), 1)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    with read_hf(tmp_path, MODEL):
+        pass
+
+
+@pytest.mark.parametrize("content", [None, b"not safetensors"])
+def test_missing_or_broken_weight_files_are_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="weights cannot be read"):
+        read_hf(tmp_path, MODEL)
+
+
+def test_random_model_depends_on_names_and_seed_alone():
+    one, again = random_init(MODEL, InitConfig(), 1), random_init(MODEL, InitConfig(), 1)
+    deeper = MODEL.model_copy(update={"num_hidden_layers": 5})
+    assert num_different([one], [again]) == 0
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(random_init(deeper, InitConfig(), 1)[embedding], one[embedding])
+    assert not torch.equal(random_init(MODEL, InitConfig(), 2)[embedding], one[embedding])
+    layers = [one[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in (0, 1)]
+    assert not torch.equal(*layers)
+
+
+def test_random_model_has_the_described_spread():
+    model = tiny_model(hidden_size=64, intermediate_size=256, vocab_size=512, head_dim=16)
+    init = InitConfig(embedding_std=0.5, matrix_gain=2.0)
+    weights = random_init(model, init, 1)
+    residual = math.sqrt(2 * model.num_hidden_layers)
+    expected = {
+        "model.embed_tokens.weight": 0.5,
+        "model.layers.0.self_attn.q_proj.weight": 2 / math.sqrt(64),
+        "model.layers.0.self_attn.o_proj.weight": 2 / math.sqrt(128) / residual,
+        "model.layers.3.mlp.up_proj.weight": 2 / math.sqrt(64),
+        "model.layers.3.mlp.down_proj.weight": 2 / math.sqrt(256) / residual,
+    }
+    for name, std in expected.items():
+        assert float(weights[name].std()) == pytest.approx(std, rel=0.05), name
+        assert abs(float(weights[name].mean())) < 0.05 * std, name
+    assert all(bool((t == 1).all()) for n, t in weights.items() if "norm" in n)

@@ -1,0 +1,318 @@
+"""Push through arenas: bits, versions, and everything that must not be served."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from npr_megatron.config.model import InitConfig
+from npr_megatron.config.training import ParallelConfig
+from npr_megatron.errors import (
+    DivergenceError,
+    EnvironmentFault,
+    InputError,
+    LayoutError,
+    StaleWeightsError,
+)
+from npr_megatron.weights.arena import OwnedArena, arena_bytes, arena_path, remove_arenas
+from npr_megatron.weights.executors.shared_memory import Publisher, Receiver
+from npr_megatron.weights.hf import random_init
+from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
+from npr_megatron.weights.publication import Publication
+from npr_megatron.weights.storages import empty_storages
+from tests.unit.weights.oracles import (
+    Topology,
+    element_ids,
+    engine_storages,
+    num_different,
+    tiny_model,
+    topologies,
+    trainer_storages,
+)
+
+MODEL = tiny_model()
+PARALLEL = ParallelConfig(tp_size=2, pp_size=2, dp_size=2)
+SOURCE = trainer_layout(MODEL, PARALLEL)
+ENGINE = engine_layout(MODEL)
+
+
+def weights_of(seed: int, dtype: torch.dtype = torch.float32):
+    return {n: t.to(dtype) for n, t in random_init(MODEL, InitConfig(), seed).items()}
+
+
+@contextmanager
+def opened(folder, layout=SOURCE, dtype=torch.float32):
+    """Publishers of all ranks of ``layout``, as one function."""
+    with ExitStack() as stack:
+        publishers = [
+            Publisher(layout, rank, dtype, run_id="test", arena_dir=folder)
+            for rank in range(len(layout.ranks))
+        ]
+        for publisher in publishers:
+            stack.callback(publisher.close)
+
+        def publish(version: int, storages) -> Publication:
+            parts = [p.publish(version, s) for p, s in zip(publishers, storages, strict=True)]
+            return Publication.assemble(parts[::-1])
+
+        yield publish
+
+
+@pytest.fixture
+def publish(tmp_path):
+    with opened(tmp_path) as function:
+        yield lambda version, seed: function(
+            version, trainer_storages(MODEL, PARALLEL, weights_of(seed))
+        )
+
+
+def staging(dtype: torch.dtype = torch.float32):
+    return empty_storages(ENGINE.ranks[0], dtype)
+
+
+@settings(max_examples=12, deadline=None)
+@given(topologies())
+def test_every_element_arrives_through_arenas_on_random_topologies(
+    tmp_path_factory, topology: Topology
+):
+    model, parallel, engine_tp = topology.model, topology.parallel, topology.engine_tp_size
+    source, target = trainer_layout(model, parallel), engine_layout(model, engine_tp)
+    ids = element_ids(model)
+    with opened(tmp_path_factory.mktemp("arenas"), source, torch.int64) as publish:
+        publication = publish(0, trainer_storages(model, parallel, ids))
+        arrived = [empty_storages(rank, torch.int64) for rank in target.ranks]
+        publication.check(
+            Receiver(source, target, rank).pull(publication, into)
+            for rank, into in enumerate(arrived)
+        )
+    assert num_different(arrived, engine_storages(model, engine_tp, ids)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_engine_receives_the_trainers_bits(tmp_path, dtype):
+    weights = weights_of(1, dtype)
+    with opened(tmp_path, dtype=dtype) as publish:
+        publication = publish(5, trainer_storages(MODEL, PARALLEL, weights))
+        into = staging(dtype)
+        Receiver(SOURCE, ENGINE).pull(pickle.loads(pickle.dumps(publication)), into)
+    assert num_different([into], engine_storages(MODEL, 1, weights)) == 0
+
+
+def test_fp32_trainer_is_cast_once_for_a_bf16_engine(tmp_path):
+    weights = weights_of(1)
+    with opened(tmp_path, dtype=torch.bfloat16) as publish:
+        into = staging(torch.bfloat16)
+        Receiver(SOURCE, ENGINE).pull(publish(0, trainer_storages(MODEL, PARALLEL, weights)), into)
+    assert num_different([into], engine_storages(MODEL, 1, weights_of(1, torch.bfloat16))) == 0
+
+
+def test_hf_tensors_are_exported_by_pulling_the_canonical_layout(publish):
+    target = canonical_layout(MODEL)
+    into = empty_storages(target.ranks[0], torch.float32)
+    Receiver(SOURCE, target).pull(publish(0, seed=3), into)
+    assert num_different([into], [weights_of(3)]) == 0
+
+
+def test_late_joiner_reads_a_version_while_the_next_one_exists_but_not_two_later(publish):
+    first = publish(0, seed=1)
+    publish(1, seed=2)
+    into = staging()
+    Receiver(SOURCE, ENGINE).pull(first, into)
+    assert num_different([into], engine_storages(MODEL, 1, weights_of(1))) == 0
+    publish(2, seed=3)
+    with pytest.raises(StaleWeightsError, match=r"version 0 is asked for.*\[1, 2\]"):
+        Receiver(SOURCE, ENGINE).pull(first, into)
+
+
+def test_one_receiver_follows_many_versions(publish):
+    receiver, into = Receiver(SOURCE, ENGINE), staging()
+    for version in range(5):
+        receiver.pull(publish(version, seed=version), into)
+        assert num_different([into], engine_storages(MODEL, 1, weights_of(version))) == 0
+
+
+def test_receiver_follows_a_trainer_that_restarted_under_the_same_name(tmp_path):
+    receiver, into = Receiver(SOURCE, ENGINE), staging()
+    for seed in (1, 2):
+        with opened(tmp_path) as publish:
+            storages = trainer_storages(MODEL, PARALLEL, weights_of(seed))
+            receiver.pull(publish(0, storages), into)
+        assert num_different([into], engine_storages(MODEL, 1, weights_of(seed))) == 0
+
+
+class Interrupted(dict):
+    """Staging tensors whose owner is interrupted at the first access to ``norm.weight``."""
+
+    def __init__(self, tensors, interrupt):
+        super().__init__(tensors)
+        self.interrupt = interrupt
+        self.accesses = 0
+
+    def __getitem__(self, name):
+        if name == "norm.weight":
+            self.accesses += 1
+            if self.accesses == 2:  # the first is the check of names and shapes
+                self.interrupt()
+        return super().__getitem__(name)
+
+
+def test_version_overwritten_in_the_middle_of_a_copy_is_not_accepted(publish):
+    publication = publish(0, seed=1)
+
+    def two_more():
+        publish(1, seed=2)
+        publish(2, seed=3)
+
+    into = Interrupted(staging(), two_more)
+    with pytest.raises(StaleWeightsError, match="overwritten while it was read"):
+        Receiver(SOURCE, ENGINE).pull(publication, into)
+    assert into.accesses >= 2
+
+
+def test_flipped_byte_in_any_arena_that_is_read_is_noticed(publish):
+    publication = publish(0, seed=1)
+    receiver = Receiver(SOURCE, ENGINE)
+    noticed = 0
+    for rank, path in enumerate(publication.arena_paths):
+        middle = 4096 + arena_bytes(SOURCE.ranks[rank], torch.float32) // 8
+        flip(path, middle)
+        try:
+            receiver.pull(publication, staging())
+        except StaleWeightsError as error:
+            assert "digest" in str(error)
+            noticed += 1
+        flip(path, middle)
+    receiver.pull(publication, staging())
+    assert noticed >= len(SOURCE.ranks) // 2  # the others serve their replica's part elsewhere
+
+
+def flip(path: str, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_replicas_that_differ_between_trainer_ranks_are_not_published(tmp_path):
+    storages = trainer_storages(MODEL, PARALLEL, weights_of(1))
+    tied = storages[-1]["output_layer.weight"].clone()
+    tied[0, 0] += 1
+    storages[-1] = {**storages[-1], "output_layer.weight": tied}
+    with opened(tmp_path) as publish, pytest.raises(DivergenceError, match="replicas"):
+        publish(0, storages)
+
+
+def test_publication_of_another_layout_or_dtype_is_refused(publish):
+    publication = publish(0, seed=1)
+    other = trainer_layout(MODEL, ParallelConfig(tp_size=2))
+    with pytest.raises(StaleWeightsError, match="laid out anew"):
+        Receiver(other, ENGINE).pull(publication, staging())
+    with pytest.raises(LayoutError, match=r"torch\.float32.*torch\.bfloat16"):
+        Receiver(SOURCE, ENGINE).pull(publication, staging(torch.bfloat16))
+
+
+def test_incomplete_or_mixed_parts_make_no_publication(tmp_path):
+    storages = trainer_storages(MODEL, PARALLEL, weights_of(1))
+    publishers = [
+        Publisher(SOURCE, rank, torch.float32, run_id="test", arena_dir=tmp_path)
+        for rank in range(len(SOURCE.ranks))
+    ]
+    parts = [p.publish(0, s) for p, s in zip(publishers, storages, strict=True)]
+    newer = publishers[0].publish(1, storages[0])
+    for wrong in (parts[1:], [newer, *parts[1:]], [*parts, parts[0]], []):
+        with pytest.raises(StaleWeightsError, match="one part of every source rank"):
+            Publication.assemble(wrong)
+    for publisher in publishers:
+        publisher.close()
+
+
+def test_versions_must_grow(publish):
+    publish(3, seed=1)
+    with pytest.raises(StaleWeightsError, match="version 3 was to be published after version 3"):
+        publish(3, seed=1)
+
+
+def test_storages_that_are_not_the_layouts_are_refused_before_anything_is_written(tmp_path):
+    storages = trainer_storages(MODEL, PARALLEL, weights_of(1))
+    with opened(tmp_path) as publish:
+        publication = publish(0, storages)
+        wrong = [{**s, "stray.weight": torch.zeros(1)} for s in storages]
+        with pytest.raises(LayoutError, match=r"stray\.weight is not declared"):
+            publish(1, wrong)
+        Receiver(SOURCE, ENGINE).pull(publication, staging())
+
+
+def test_closed_publishers_leave_no_file_and_readers_learn_that_they_are_gone(tmp_path):
+    with opened(tmp_path) as publish:
+        publication = publish(0, trainer_storages(MODEL, PARALLEL, weights_of(1)))
+        assert len(list(tmp_path.iterdir())) == len(SOURCE.ranks)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StaleWeightsError, match="its owner is gone"):
+        Receiver(SOURCE, ENGINE).pull(publication, staging())
+
+
+def test_arena_takes_the_bytes_that_were_announced(tmp_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        path = arena_path(tmp_path, "size", 0)
+        arena = OwnedArena(path, SOURCE.ranks[0], dtype)
+        assert path.stat().st_size == arena_bytes(SOURCE.ranks[0], dtype)
+        assert path.stat().st_blocks * 512 >= path.stat().st_size  # reserved, not sparse
+        arena.close()
+
+
+def test_living_owner_keeps_its_arena_and_a_dead_ones_is_replaced(tmp_path):
+    path = arena_path(tmp_path, "run", 0)
+    owner = OwnedArena(path, SOURCE.ranks[0], torch.float32)
+    with pytest.raises(EnvironmentFault, match="belongs to a living process"):
+        OwnedArena(path, SOURCE.ranks[0], torch.float32)
+    assert remove_arenas(tmp_path, "run") == 0
+    owner.close()
+
+    child = os.fork()
+    if child == 0:
+        OwnedArena(path, SOURCE.ranks[0], torch.float32)
+        os._exit(0)  # as a kill would: nothing is cleaned up
+    assert os.waitpid(child, 0)[1] == 0
+    assert path.exists()
+    OwnedArena(path, SOURCE.ranks[0], torch.float32).close()
+    assert not path.exists()
+
+
+def test_arenas_of_a_dead_run_are_removed_and_those_of_others_are_not(tmp_path):
+    for name in ("npr-run-rank00000.arena", "npr-run-rank00001.arena"):
+        (tmp_path / name).write_bytes(b"left by a kill")
+    for name in (
+        "npr-run-rank-rank00000.arena",
+        "npr-other-rank00000.arena",
+        "npr-run-rank0.arena",
+    ):
+        (tmp_path / name).write_bytes(b"not of this run")
+    assert remove_arenas(tmp_path, "run") == 2
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_too_little_room_is_an_error_that_says_how_much_is_needed(tmp_path):
+    path = arena_path(tmp_path, "full", 0)
+    needed = arena_bytes(SOURCE.ranks[0], torch.float32)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (needed // 2, limits[1]))
+    try:
+        with pytest.raises(EnvironmentFault, match=f"needs {needed} bytes"):
+            OwnedArena(path, SOURCE.ranks[0], torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not path.exists()
+
+
+def test_folder_that_does_not_exist_and_names_that_leave_it_are_refused(tmp_path):
+    with pytest.raises(EnvironmentFault, match="cannot be created"):
+        OwnedArena(arena_path(tmp_path / "absent", "run", 0), SOURCE.ranks[0], torch.float32)
+    with pytest.raises(InputError, match="run id"):
+        arena_path(tmp_path, "../run", 0)
