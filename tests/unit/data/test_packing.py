@@ -110,6 +110,16 @@ def test_microbatches_share_a_shape_within_the_limits(case):
     assert len(batches) == math.ceil(needed / replicas) * replicas
 
 
+def test_segments_count_up_from_left_to_right():
+    samples = [make_sample(length, length) for length in (3, 9, 4, 6, 2, 8)]
+    for batch in pack(samples, row_tokens=16, rows_per_microbatch=4, num_replicas=1):
+        for segment in batch.segment:
+            used = segment[segment >= 0]
+            assert (segment[: len(used)] == used).all(), "padding stands between samples"
+            assert used[0] == 0
+            assert set(np.diff(used)) <= {0, 1}
+
+
 def test_padding_carries_neither_tokens_nor_loss():
     batches = pack([make_sample(5, 0)], row_tokens=64, rows_per_microbatch=4, num_replicas=3)
     assert len(batches) == 3
