@@ -10,7 +10,8 @@ def label_logprobs(logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
     """Return the natural-log probability of each label, in fp32 and differentiable in the logits.
 
     Megatron's cross entropy subtracts the maximum *in place* when its input already is fp32: the
-    caller's ``logits_SBV`` are garbage afterwards, which saves the largest tensor of the step a copy.
+    caller's ``logits_SBV`` are garbage afterwards, which saves the largest tensor of the step a
+    copy.
 
     Args:
         logits_SBV: [S, B, V/tp], this rank's share of the vocabulary. Consumed.

@@ -1,13 +1,13 @@
 """AdamW on CPU with the state layout of the fused Adam of TransformerEngine and apex.
 
-Megatron's distributed optimizer reads ``exp_avg`` and ``exp_avg_sq`` per parameter and ``step`` in the parameter *group*;
-``torch.optim.AdamW`` keeps ``step`` per parameter, and a checkpoint written with it cannot be loaded again. The
-arithmetic is torch's fused CPU kernel, one call per group.
+Megatron's distributed optimizer reads ``exp_avg`` and ``exp_avg_sq`` per parameter and ``step``
+in the parameter *group*; ``torch.optim.AdamW`` keeps ``step`` per parameter, and a checkpoint
+written with it cannot be loaded again. The arithmetic is torch's fused CPU kernel, one call per
+group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class FusedLayoutAdam(torch.optim.Optimizer):
-    """Adam with decoupled weight decay and bias correction, called as Megatron calls the fused one."""
+    """Adam with decoupled weight decay and bias correction, called as Megatron calls it."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Any = None) -> None:
         """Update every parameter that has a gradient, and count the step in its group."""
         assert closure is None, "Megatron passes none"
         for group in self.param_groups:

@@ -2,14 +2,17 @@
 
 Two halves, because Megatron reaches CUDA in two ways:
 
-* functions of ``torch.cuda`` (current_device, streams, events, RNG state) are replaced once per process by
-  :func:`install`, together with three Megatron internals that cannot be reached through torch: its RNG accessors (they
-  queue behind a CUDA initialisation that never comes), its choice of Adam (``runtime.adam``), and the start method of
-  its checkpoint writer (``spawn`` imports torch again for every save; without CUDA ``fork`` is safe);
-* ``device="cuda"`` arguments and the comparison of ``tensor.type()`` with ``"torch.cuda.FloatTensor"`` are rewritten by
-  a torch function mode, active inside :func:`cuda_means_cpu` and in that thread only.
+* functions of ``torch.cuda`` (current_device, streams, events, RNG state) are replaced once per
+  process by :func:`install`, together with three Megatron internals that cannot be reached
+  through torch: its RNG accessors (they queue behind a CUDA initialisation that never comes), its
+  choice of Adam (``runtime.adam``), and the start method of its checkpoint writer (``spawn``
+  imports torch again for every save; without CUDA ``fork`` is safe);
+* ``device="cuda"`` arguments and the comparison of ``tensor.type()`` with
+  ``"torch.cuda.FloatTensor"`` are rewritten by a torch function mode, active inside
+  :func:`cuda_means_cpu` and in that thread only.
 
-No Megatron file is edited, and nothing here runs where CUDA is available. Verified against megatron-core 0.16.1.
+No Megatron file is edited, and nothing here runs where CUDA is available. Verified against
+megatron-core 0.16.1.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ _CPU = torch.device("cpu")
 def install() -> None:
     """Replace what Megatron-core calls of ``torch.cuda`` and the internals named above. Idempotent.
 
-    Also sets ``TORCHDYNAMO_DISABLE``: Megatron decorates small functions with ``torch.compile``, which on a CPU costs
-    a C++ compiler run each.
+    Also sets ``TORCHDYNAMO_DISABLE``: Megatron decorates small functions with ``torch.compile``,
+    which on a CPU costs a C++ compiler run each.
     """
     if is_installed():
         return
@@ -158,7 +161,7 @@ def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
 
 
 def _manual_seed(seed: int) -> None:
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def _replace_torch_cuda() -> None:
@@ -205,7 +208,8 @@ def _replace_megatron_internals() -> None:
 
 
 def _is_not_about_cpu_rng(record: logging.LogRecord) -> bool:
-    # Megatron warns on every fork of its RNG that the CPU state moved: here that *is* the device's state.
+    # Megatron warns on every fork of its RNG that the CPU state moved: here that *is* the
+    # device's state.
     return "CPU RNG state changed" not in record.getMessage()
 
 

@@ -1,7 +1,8 @@
 """Which device this process computes on, and the scope inside which Megatron-core may be called.
 
-Everything above asks this module; nobody else tests for CUDA. With CUDA all of it is a no-op. Without, Megatron-core
-(which names CUDA literally in some forty places) runs on the CPU through ``runtime.cuda_stand_in``.
+Everything above asks this module; nobody else tests for CUDA. With CUDA all of it is a no-op.
+Without, Megatron-core (which names CUDA literally in some forty places) runs on the CPU through
+``runtime.cuda_stand_in``.
 
 Importing this module changes nothing.
 """
@@ -44,8 +45,9 @@ def install_cuda_stand_in() -> None:
 def device_scope() -> Iterator[None]:
     """Call Megatron-core inside this scope.
 
-    The part of the stand-in that rewrites ``device="cuda"`` is bound to a thread, and an actor may be called from
-    another thread than the one that built it: each public entry opens its own scope. Scopes nest.
+    The part of the stand-in that rewrites ``device="cuda"`` is bound to a thread, and an actor
+    may be called from another thread than the one that built it: each public entry opens its own
+    scope. Scopes nest.
     """
     if device_type() == "cuda":
         yield

@@ -1,7 +1,8 @@
 """Join and leave the trainer's process groups.
 
-Whoever starts the process (torchrun, srun, a Ray actor, a test) says rank, world size and rendezvous; nothing here
-reads the environment. Megatron-core keeps its groups in module state, so a process is one trainer rank at a time.
+Whoever starts the process (torchrun, srun, a Ray actor, a test) says rank, world size and
+rendezvous; nothing here reads the environment. Megatron-core keeps its groups in module state, so
+a process is one trainer rank at a time.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class RankPlace:
 def start(info: RankInfo, parallel: ParallelConfig, *, seed: int = 1) -> RankPlace:
     """Join the world, build Megatron's groups and return this rank's place in them.
 
-    Blocks until all ranks have joined. Call inside ``device_scope``. ``seed`` only feeds Megatron's RNG tracker:
-    this project draws nothing on a trainer rank (no dropout; weights are always loaded).
+    Blocks until all ranks have joined. Call inside ``device_scope``. ``seed`` only feeds
+    Megatron's RNG tracker: this project draws nothing on a trainer rank (no dropout; weights are
+    always loaded).
 
     Raises:
         ConfigError: world size is not tp * pp * dp.
@@ -67,8 +69,8 @@ def start(info: RankInfo, parallel: ParallelConfig, *, seed: int = 1) -> RankPla
 
     if info.world_size != parallel.world_size:
         raise ConfigError(
-            f"the trainer needs tp * pp * dp = {parallel.world_size} ranks, {info.world_size} were started; "
-            "change [parallel] or the number of processes"
+            f"the trainer needs tp * pp * dp = {parallel.world_size} ranks, "
+            f"{info.world_size} were started; change [parallel] or the number of processes"
         )
     if dist.is_initialized():
         raise EnvironmentFault(
@@ -104,10 +106,11 @@ def start(info: RankInfo, parallel: ParallelConfig, *, seed: int = 1) -> RankPla
 def cpu_world() -> dist.ProcessGroup:
     """Return a group of all ranks that moves host memory. Collective; build it once and keep it."""
     if backend() == "gloo":
-        world = dist.group.WORLD
-        assert world is not None, "start comes first"
-        return world
-    return dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        group = dist.group.WORLD
+    else:
+        group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup), "start comes first"
+    return group
 
 
 def stop() -> None:

@@ -14,7 +14,6 @@ whole. The optimizer's state is stored fully reshardable, so TP, PP and DP may c
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,14 @@ _PROGRESS = "progress.json"
 _PARTIAL = ".partial-"
 
 
-def find_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+def find_checkpoint(folder: str | Path) -> Path | None:
     """Return the newest complete checkpoint of ``folder``; None where there is none yet."""
     latest = Path(folder) / _LATEST
     return Path(folder) / latest.read_text().strip() if latest.exists() else None
 
 
 def save_checkpoint(
-    folder: str | os.PathLike[str],
+    folder: str | Path,
     step: int,
     gpt: BranchGPT,
     optimizer: MegatronOptimizer,
@@ -67,11 +66,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str], gpt: BranchGPT, optimizer: MegatronOptimizer
+    folder: str | Path, gpt: BranchGPT, optimizer: MegatronOptimizer
 ) -> tuple[int, dict[str, Any]]:
     """Restore model and optimizer in place; return the step and the stored progress.
 
-    Collective. ``folder`` is a folder of checkpoints, of which the latest is read, or one checkpoint.
+    Collective. ``folder`` is a folder of checkpoints, of which the latest is read, or one
+    checkpoint.
 
     Raises:
         InputError: there is no complete checkpoint.
@@ -83,7 +83,7 @@ def load_checkpoint(
             f"{_PROGRESS}; name a folder that a trainer has saved to"
         )
     wanted = _sharded_state(gpt, optimizer, 0, is_loading=True)
-    state = dist_checkpointing.load(wanted, str(path))
+    state: Any = dist_checkpointing.load(wanted, str(path))
     gpt.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"]), json.loads((path / _PROGRESS).read_text())

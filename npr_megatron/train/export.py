@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,13 @@ _TIMEOUT_S = 600.0
 
 
 def export_hf(
-    path: str | os.PathLike[str],
+    path: str | Path,
     model: ModelConfig,
     layout: Layout,
     storages: Mapping[str, Tensor],
     cpu_world: dist.ProcessGroup,
     *,
-    source_folder: str | os.PathLike[str] | None,
+    source_folder: str | Path | None,
 ) -> None:
     """Write the model to ``path`` from rank 0; returns on every rank when it is complete.
 
@@ -53,5 +53,5 @@ def export_hf(
         timeout_s=_TIMEOUT_S,
     )
     if rank == 0:
-        write_hf(os.fspath(path), model, gathered, source_folder=source_folder)
+        write_hf(path, model, gathered, source_folder=source_folder)
     dist.barrier(cpu_world)

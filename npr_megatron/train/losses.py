@@ -59,8 +59,8 @@ def dapo(
 ) -> Tensor:
     """Return the clipped surrogate with decoupled bounds and dual clip.
 
-    The ratio pi / pi_rollout is held within [1 - clip_low, 1 + clip_high] where moving further would
-    raise the objective; for negative advantages the loss is bounded by ``dual_clip`` * |A|.
+    The ratio pi / pi_rollout is held within [1 - clip_low, 1 + clip_high] where moving further
+    would raise the objective; for negative advantages the loss is bounded by ``dual_clip`` * |A|.
 
     Source: DAPO (arXiv 2503.14476) Eq. 8; dual clip from arXiv 1912.09729 Eq. 5.
     """

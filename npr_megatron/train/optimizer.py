@@ -1,4 +1,4 @@
-"""Megatron's distributed AdamW, taken apart so that nothing moves before the gradient is checked."""
+"""Megatron's distributed AdamW, taken apart: nothing moves before the gradient is checked."""
 
 from __future__ import annotations
 
@@ -48,11 +48,12 @@ def take_step(optimizer: MegatronOptimizer, learning_rate: float, step: int) -> 
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         raise DivergenceError(
-            f"step {step} needs a finite gradient, its norm is {norm}; the weights were not changed: "
-            "resume from the last checkpoint with a lower learning rate, or inspect this batch"
+            f"step {step} needs a finite gradient, its norm is {norm}; the weights were "
+            "not changed: resume from the last checkpoint with a lower learning rate, or inspect "
+            "this batch"
         )
     clip_grad = optimizer.config.clip_grad
-    parameters = optimizer.get_parameters()
+    parameters: list[torch.Tensor] = [*optimizer.get_parameters()]
     if clip_grad > 0 and parameters:
         clip_grad_by_total_norm_fp32(parameters, clip_grad, norm)
     for group in optimizer.param_groups:

@@ -1,7 +1,8 @@
 """Forward and backward over the microbatches of one rank, and what they add up to.
 
-One path for every loss and every layout: Megatron's schedule runs the stages (1F1B when pp > 1), the
-last stage turns label log-probs into token losses, and one all-gather makes the sums known everywhere.
+One path for every loss and every layout: Megatron's schedule runs the stages (1F1B when pp > 1),
+the last stage turns label log-probs into token losses, and one all-gather makes the sums known
+everywhere.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def run_schedule(
     Args:
         wrapped: this rank's stage.
         batches: this rank's microbatches, all of one shape.
-        output_fn: called on the last stage with label log-probs [B, S] and their microbatch; returns
-            the sum to differentiate, the number of loss tokens, and the report.
-        forward_only: no backward.
+        output_fn: called on the last stage with label log-probs [B, S] and their microbatch;
+        returns the sum to differentiate, the number of loss tokens, and the report. forward_only:
+        no backward.
 
     Returns:
         Reports in order on the last stage, an empty list elsewhere.
@@ -84,7 +85,7 @@ def backward_losses(
     model: ModelConfig,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Accumulate the gradient of ``loss`` and return this rank's share of the sums (see :func:`add_up`).
+    """Accumulate the gradient of ``loss``; return this rank's share for :func:`add_up`.
 
     Megatron divides the accumulated gradient by the loss tokens of the global batch.
     """

@@ -1,14 +1,14 @@
 """TrainerRank: everything one rank of the trainer can do, whoever started its process.
 
-The same object runs under torchrun, srun, a Ray actor or a test's fork. All ranks make the same calls
-in the same order with equal arguments; nearly every method is collective. Methods are called one after
-another, from any thread.
+The same object runs under torchrun, srun, a Ray actor or a test's fork. All ranks make the same
+calls in the same order with equal arguments; nearly every method is collective. Methods are
+called one after another, from any thread.
 """
 
 from __future__ import annotations
 
 import math
-import os
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -97,7 +97,7 @@ class TrainerRank:
         """This rank's live weights, named and shaped as ``weights.layout.trainer_layout`` plans."""
         return self._storages
 
-    def load_hf(self, path: str | os.PathLike[str]) -> None:
+    def load_hf(self, path: str | Path) -> None:
         """Replace the weights by those of an HF folder; ends the training stage, if one had begun.
 
         Every rank reads its own shards only.
@@ -105,12 +105,12 @@ class TrainerRank:
         Raises:
             InputError: the folder does not hold this architecture.
         """
-        with read_hf(os.fspath(path), self._model) as checkpoint:
+        with read_hf(path, self._model) as checkpoint:
             load_tiles(self._own_layout, checkpoint.read, self._storages)
         self._optimizer = self._optimizer_config = None
 
     def begin_stage(self, optimizer: OptimizerConfig, num_steps: int) -> None:
-        """Start a training stage of ``num_steps`` from the weights as they are, without momentum."""
+        """Start a training stage of ``num_steps`` from the present weights, without momentum."""
         with device_scope():
             self._optimizer = build_optimizer(optimizer, self._wrapped, self._dtype)
         self._optimizer_config, self._num_steps, self._step = optimizer, num_steps, 0
@@ -156,7 +156,7 @@ class TrainerRank:
             dist.all_reduce(logprobs_MBS)
         return list(logprobs_MBS.cpu().numpy())
 
-    def save(self, path: str | os.PathLike[str], progress: dict[str, Any]) -> None:
+    def save(self, path: str | Path, progress: dict[str, Any]) -> None:
         """Write weights, optimizer and step as a new checkpoint in the folder ``path``.
 
         ``progress`` (JSON values) is the caller's and comes back from :meth:`load`.
@@ -165,7 +165,7 @@ class TrainerRank:
         with device_scope():
             save_checkpoint(path, self._step, self._gpt, optimizer, progress)
 
-    def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+    def load(self, path: str | Path) -> dict[str, Any]:
         """Continue the stage begun with ``begin_stage`` from the latest checkpoint in ``path``.
 
         Raises:
@@ -195,9 +195,7 @@ class TrainerRank:
             )
         return self._publisher.publish(version, self._storages)
 
-    def export_hf(
-        self, path: str | os.PathLike[str], source_folder: str | os.PathLike[str] | None = None
-    ) -> None:
+    def export_hf(self, path: str | Path, source_folder: str | Path | None = None) -> None:
         """Write the whole model as an HF folder; it is complete when this returns.
 
         Args:
@@ -230,15 +228,15 @@ class TrainerRank:
         """Refuse to learn from numbers that are wrong."""
         if not math.isfinite(sums.loss):
             raise DivergenceError(
-                f"step {self._step} needs a finite loss, its sum is {sums.loss}; the weights were not "
-                "changed: resume from the last checkpoint with a lower learning rate"
+                f"step {self._step} needs a finite loss, its sum is {sums.loss}; the weights were "
+                "not changed: resume from the last checkpoint with a lower learning rate"
             )
         limit = self._trainer.max_logprob_gap
         if not sums.max_logprob_gap <= limit:
             raise DivergenceError(
-                f"step {self._step}: trainer and engine must agree on log-probs within {limit}, found "
-                f"{sums.max_logprob_gap:.3g}; the weights were not changed: check that the rollouts "
-                "are of the current version, or raise trainer.max_logprob_gap"
+                f"step {self._step}: trainer and engine must agree on log-probs within {limit}, "
+                f"found {sums.max_logprob_gap:.3g}; the weights were not changed: check that the "
+                "rollouts are of the current version, or raise trainer.max_logprob_gap"
             )
 
 
