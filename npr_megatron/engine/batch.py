@@ -1,8 +1,8 @@
 """Lays streams and feeds out as one flat batch for the model.
 
-Streams that feed a single token come first, as one group of one-query rows; feeds follow in groups
-of similar length, each padded to its own longest, so a prompt of hundreds of tokens does not pad a
-header of four.
+Streams that feed a single token come first, sorted by length and cut where that pays; feeds follow
+in groups of similar length, each padded to its own longest, so a prompt of hundreds of tokens does
+not pad a header of four.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ from npr_megatron.engine.attention import QueryGroup
 from npr_megatron.engine.flow import Stream
 from npr_megatron.engine.pool import SlotPool
 from npr_megatron.engine.segment import Feed, Segment
+
+_LENGTH_RATIO = 0.75
+"""Rows shorter than this share of the longest may be read as a group of their own ..."""
+_MIN_SAVED_TOKENS = 1024
+"""... if that saves reading so many slots: below, a group's own kernels cost more (measured on
+CPU).
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,15 +51,12 @@ def assemble(
 
     Appends one slot to the row of every stream; feeds bring theirs.
     """
-    groups: list[QueryGroup] = []
-    token_ids = [stream.segment.token_ids[-1] for stream in streams]
-    position_ids = [stream.segment.position_ids[-1] for stream in streams]
-    slots: list[np.ndarray] = []
-    if streams:
-        rows = np.array([stream.row for stream in streams], dtype=np.int64)
-        slots.append(pool.append_one_each(rows))
-        groups.append(_single_group(rows, pool, device))
-    sampled, logit_index = list(streams), list(range(len(streams)))
+    groups, slots, order = _place_streams(streams, pool, device)
+    segments = [streams[index].segment for index in order]
+    token_ids = [segment.token_ids[-1] for segment in segments]
+    position_ids = [segment.position_ids[-1] for segment in segments]
+    # Attention wants rows sorted by length, results are wanted in the order given.
+    sampled, logit_index = list(streams), np.argsort(order).tolist()
     scored: list[tuple[Segment, int]] = []
     scored_index: list[int] = []
     for bucket in _buckets(feeds):
@@ -79,16 +83,48 @@ def assemble(
     )
 
 
-def _single_group(rows: np.ndarray, pool: SlotPool, device: torch.device) -> QueryGroup:
+def _place_streams(
+    streams: Sequence[Stream], pool: SlotPool, device: torch.device
+) -> tuple[list[QueryGroup], list[np.ndarray], list[int]]:
+    """Append one slot per stream; return groups of rows of similar length, the slots, the order."""
+    if not streams:
+        return [], [], []
+    rows = np.array([stream.row for stream in streams], dtype=np.int64)
+    order = np.argsort(pool.length[rows], kind="stable")
+    rows = rows[order]
+    slots = pool.append_one_each(rows)
     lengths = pool.length[rows]
-    longest = int(lengths.max())
+    groups = [
+        _single_group(rows[start:stop], lengths[start:stop], start, pool, device)
+        for start, stop in _length_ranges(lengths)
+    ]
+    return groups, [slots], order.tolist()
+
+
+def _length_ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Cut ascending ``lengths`` where reading the shorter rows apart saves more than a group costs."""
+    ranges: list[tuple[int, int]] = []
+    stop = len(lengths)
+    while stop:
+        longest = int(lengths[stop - 1])
+        start = int(np.searchsorted(lengths[:stop], longest * _LENGTH_RATIO))
+        if start and start * (longest - int(lengths[start - 1])) < _MIN_SAVED_TOKENS:
+            start = 0
+        ranges.append((start, stop))
+        stop = start
+    return ranges[::-1]
+
+
+def _single_group(
+    rows: np.ndarray, lengths: np.ndarray, start: int, pool: SlotPool, device: torch.device
+) -> QueryGroup:
+    longest = int(lengths[-1])
     keys = pool.table[rows, :longest]
     visible = None
-    if int(lengths.min()) != longest:
-        visible = np.arange(longest) < lengths[:, None]
-        visible = torch.from_numpy(visible).to(device)[:, None, None]
+    if int(lengths[0]) != longest:
+        visible = torch.from_numpy(np.arange(longest) < lengths[:, None]).to(device)[:, None, None]
     return QueryGroup(
-        start=0,
+        start=start,
         count=len(rows),
         num_rows=len(rows),
         keys=torch.from_numpy(keys.reshape(-1)).to(device),
@@ -113,7 +149,7 @@ def _feed_group(feeds: Sequence[Feed], start: int, device: torch.device) -> Quer
         count, length = len(feed.token_ids), len(feed.readable)
         keys[index, :length] = feed.readable
         visible[index, :count, :length] = _visible(feed)
-        visible[index, count:, 0] = True  # padding: no softmax over nothing
+        visible[index, count:, 0] = True  # no softmax over nothing
     padded = kept = None
     if counts.min() != num_queries:
         offsets = np.arange(num_queries)

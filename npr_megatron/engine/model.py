@@ -26,8 +26,6 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class _Layer(NamedTuple):
     input_norm: Tensor
     qkv: Tensor
-    q_norm: Tensor
-    k_norm: Tensor
     attention_out: Tensor
     post_norm: Tensor
     gate_up: Tensor
@@ -81,6 +79,11 @@ class EngineModel:
         ]
         """Per layer [slots + 1, 2 K, D]: K keys, then K values, so one gather reads both."""
         self._layers = [self._bind(layer) for layer in range(model.num_hidden_layers)]
+        self._head_norms = self._fuse_head_norms()
+        num_heads = (model.num_attention_heads, model.num_key_value_heads)
+        self._norm_of_head = torch.arange(2, device=device).repeat_interleave(
+            torch.tensor(num_heads, device=device)
+        )
         self._head = self.weights[
             "embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight"
         ]
@@ -97,11 +100,12 @@ class EngineModel:
         config = self.config
         eps, width = config.rms_norm_eps, (config.hidden_size,)
         hidden = F.embedding(token_ids, self.weights["embed_tokens.weight"])
+        head_norms = self._head_norms.index_select(1, self._norm_of_head)
         cos = self._cos.index_select(0, position_ids)
         sin = self._signed_sin.index_select(0, position_ids)
         for index, layer in enumerate(self._layers):
             normed = F.rms_norm(hidden, width, layer.input_norm, eps)
-            queries, keys, values = self._project(layer, normed, cos, sin)
+            queries, keys, values = self._project(layer.qkv, head_norms[index], normed, cos, sin)
             hidden = hidden + F.linear(attend(index, queries, keys, values), layer.attention_out)
             normed = F.rms_norm(hidden, width, layer.post_norm, eps)
             gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
@@ -113,26 +117,37 @@ class EngineModel:
         return F.linear(hidden, self._head).float()
 
     def _project(
-        self, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor
+        self, qkv: Tensor, head_norms: Tensor, normed: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values; queries and keys are normalised and rotated together."""
         config = self.config
         num_q, num_kv, head = (
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
-        heads = F.linear(normed, layer.qkv).view(-1, num_q + 2 * num_kv, head)
-        queries, keys, values = heads.split((num_q, num_kv, num_kv), dim=1)
-        queries = F.rms_norm(queries, (head,), layer.q_norm, config.rms_norm_eps)
-        keys = F.rms_norm(keys, (head,), layer.k_norm, config.rms_norm_eps)
-        return _rotate(queries, cos, sin), _rotate(keys, cos, sin), values
+        heads = F.linear(normed, qkv).view(-1, num_q + 2 * num_kv, head)
+        rotated = F.rms_norm(heads[:, : num_q + num_kv], (head,), None, config.rms_norm_eps)
+        rotated = _rotate(rotated * head_norms, cos, sin)
+        return rotated[:, :num_q], rotated[:, num_q:], heads[:, num_q + num_kv :]
+
+    def _fuse_head_norms(self) -> Tensor:
+        """Lay the query and key norms of all layers side by side, [layers, 2, D], as live storages."""
+        config = self.config
+        names = [
+            (f"layers.{layer}.q_norm.weight", f"layers.{layer}.k_norm.weight")
+            for layer in range(config.num_hidden_layers)
+        ]
+        fused = torch.stack([torch.stack([self.weights[n] for n in pair]) for pair in names])
+        for layer, pair in enumerate(names):
+            for kind, name in enumerate(pair):
+                self.weights[name] = fused[layer, kind]
+        return fused
 
     def _bind(self, layer: int) -> _Layer:
         names = (
             "input_layernorm",
             "qkv_proj",
-            "q_norm",
-            "k_norm",
             "o_proj",
             "post_attention_layernorm",
             "gate_up_proj",
