@@ -147,8 +147,8 @@ class Feed:
         """
         mask = dense_mask(np.zeros_like(streams["block"]), streams["block"], streams["branch"])
         return cls(
-            token_ids=streams["token_ids"][num_shared:],
-            position_ids=streams["position_ids"][num_shared:],
+            token_ids=streams["token_ids"][num_shared:].tolist(),
+            position_ids=streams["position_ids"][num_shared:].tolist(),
             slots=slots[num_shared:],
             readable=slots,
             attention_mask=mask[num_shared:],
