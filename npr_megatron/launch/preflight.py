@@ -76,8 +76,8 @@ def _memory(run: RunConfig, model: ModelConfig, facts: Facts) -> list[str]:
         wanted, free = sum(size for _, size, _ in here), here[0][0].free_bytes
         if wanted > free:
             problems.append(
-                f"{here[0][0].path} needs {_mib(wanted)} MiB for "
-                f"{' and '.join(purpose for _, _, purpose in here)}, {_mib(free)} MiB are free; "
+                f"{here[0][0].path} needs {wanted / _MIB:.1f} MiB for "
+                f"{' and '.join(purpose for _, _, purpose in here)}, {free / _MIB:.1f} MiB are free; "
                 "remove old files there, enlarge it (mount -o remount,size=...), or set "
                 "cluster.arena_dir to a larger memory-backed folder"
             )
@@ -102,7 +102,3 @@ def _gpus(run: RunConfig, facts: Facts) -> list[str]:
             "shares cluster.gpus_per_*"
         ]
     return []
-
-
-def _mib(size: int) -> int:
-    return -(-size // _MIB)
