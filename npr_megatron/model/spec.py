@@ -6,7 +6,7 @@ spells two norm weights differently; ``model.storages`` undoes that.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -29,9 +29,9 @@ def block_spec(
     if device_type == "cuda":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        layer: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
         layer.submodules.self_attention.submodules.core_attention = FlexBranchCore
-        final_norm: type = TENorm
+        final_norm: Any = TENorm
     else:
         layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
         attention = layer.submodules.self_attention.submodules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -22,7 +23,8 @@ def stage_parameters(stage: BranchGPT) -> dict[str, Parameter]:
 
     Megatron numbers layers within the stage; the names here carry the layer's number in the model.
     """
-    numbers = [layer.layer_number - 1 for layer in stage.decoder.layers]
+    layers: Any = stage.decoder.layers
+    numbers = [layer.layer_number - 1 for layer in layers]
     parameters: dict[str, Parameter] = {}
     for local_name, parameter in stage.named_parameters():
         name = local_name

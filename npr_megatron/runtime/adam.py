@@ -43,13 +43,14 @@ class FusedLayoutAdam(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         """Update every parameter that has a gradient, and count the step in its group."""
         assert closure is None, "Megatron passes none"
+        kernels: Any = torch
         for group in self.param_groups:
             params: list[Tensor] = [param for param in group["params"] if param.grad is not None]
             if not params:
                 continue
             group["step"] = int(group.get("step", 0)) + 1
             states = [self._state_of(param) for param in params]
-            torch._fused_adamw_(
+            kernels._fused_adamw_(
                 params,
                 [param.grad for param in params if param.grad is not None],
                 [state["exp_avg"] for state in states],
