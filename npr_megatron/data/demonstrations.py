@@ -16,7 +16,15 @@ from npr_megatron.data.draws import draws
 from npr_megatron.data.problems import Problem
 from npr_megatron.data.prompts import PromptBuilder
 from npr_megatron.data.samples import sft_sample
-from npr_megatron.data.sums import Parts, part_names, parts_of, results_of, work_of
+from npr_megatron.data.sums import (
+    Parts,
+    is_held_out,
+    part_names,
+    parts_of,
+    question_of,
+    results_of,
+    works_of,
+)
 from npr_megatron.data.tokenizer import Tokenizer
 from npr_megatron.errors import ConfigError
 from npr_megatron.records.randomness import derive_seed
@@ -38,11 +46,14 @@ class Kind(StrEnum):
     HASTY = "hasty"  # well-formed, work skipped
     HASTY_SEQUENTIAL = "hasty_sequential"
     HASTY_BROKEN = "hasty_broken"
+    SHORT = "short"  # well-formed, for a smaller problem cut out of the one given
+    SHORT_SEQUENTIAL = "short_sequential"
 
 
 _HASTY = {Kind.HASTY, Kind.HASTY_SEQUENTIAL, Kind.HASTY_BROKEN}
-_SEQUENTIAL = {Kind.SEQUENTIAL, Kind.HASTY_SEQUENTIAL}
+_SEQUENTIAL = {Kind.SEQUENTIAL, Kind.HASTY_SEQUENTIAL, Kind.SHORT_SEQUENTIAL}
 _BROKEN = {Kind.BROKEN, Kind.HASTY_BROKEN}
+_SHORT = {Kind.SHORT, Kind.SHORT_SEQUENTIAL}
 
 
 def demonstration_samples(
@@ -62,11 +73,31 @@ def demonstration_samples(
     samples = []
     kinds = draw_kinds(mixture, len(problems), derive_seed("kinds", seed, problems[0].id))
     for problem, kind in zip(problems, kinds, strict=True):
-        prompt = prompts.prompt_ids(problem)
         key = derive_seed("demonstration", seed, problem.id)
+        if kind in _SHORT:
+            problem = shortened(problem, key)
+        prompt = prompts.prompt_ids(problem)
         ids = [*prompt, *demonstration(kind, problem.question, tokenizer, key)]
         samples.append(sft_sample(ids, len(prompt), plain_layout(len(ids))))
     return samples
+
+
+def shortened(problem: Problem, key: int) -> Problem:
+    """Return the problem with fewer parts and addends, each drawn from 2 up to all of them.
+
+    A model learns the arithmetic sooner from small problems. What would become a held-out problem
+    is left as it is.
+    """
+    parts = parts_of(problem.question)
+    num_parts, num_addends = (
+        min(size, 2 + int(draw * (size - 1)))
+        for size, draw in zip((len(parts), len(parts[0])), draws(key, 2), strict=True)
+    )
+    cut = tuple(part[:num_addends] for part in parts[:num_parts])
+    question = question_of(cut)
+    if is_held_out(question):
+        return problem
+    return Problem(id=problem.id, question=question, answer=results_of(cut))
 
 
 def draw_kinds(mixture: Mapping[str, float], count: int, key: int) -> list[Kind]:
@@ -124,7 +155,7 @@ def demonstration(kind: Kind, question: str, tokenizer: Tokenizer, key: int) -> 
 
 def _well_formed(parts: Parts, tokenizer: Tokenizer) -> list[int]:
     plans = [tokenizer.encode(name) for name in part_names(parts)]
-    steps = [tokenizer.encode(work_of(part)) for part in parts]
+    steps = [tokenizer.encode(work) for work in works_of(parts)]
     takeaway = tokenizer.encode(results_of(parts))
     conclusion = tokenizer.encode(_boxed(parts))
     return render([(plans, steps, takeaway)], conclusion, tokenizer.vocabulary)
@@ -132,7 +163,7 @@ def _well_formed(parts: Parts, tokenizer: Tokenizer) -> list[int]:
 
 def _plain_text(parts: Parts) -> str:
     lines = [
-        f"{name}:{work_of(part)}\n" for name, part in zip(part_names(parts), parts, strict=True)
+        f"{name}:{work}\n" for name, work in zip(part_names(parts), works_of(parts), strict=True)
     ]
     return "".join(lines) + _boxed(parts)
 

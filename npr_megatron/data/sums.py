@@ -68,11 +68,21 @@ def part_names(parts: Parts) -> str:
     return string.ascii_lowercase[: len(parts)]
 
 
-def work_of(part: Part) -> str:
-    """Spell a part's work, its running totals: ``3+5=8+9=17``."""
+def work_of(name: str, part: Part) -> str:
+    """Spell a part's work, its running totals and what came out: ``3+5=8+9=17;a=17``.
+
+    The result is said again under the part's name because takeaways then find it: a small model
+    learns to gather the results several times sooner.
+    """
     first, *rest = part
     totals = list(accumulate(part))[1:]
-    return str(first) + "".join(f"+{a}={t}" for a, t in zip(rest, totals, strict=True))
+    chain = "".join(f"+{a}={t}" for a, t in zip(rest, totals, strict=True))
+    return f"{first}{chain};{name}={sum(part)}"
+
+
+def works_of(parts: Parts) -> list[str]:
+    """Return the work of every part."""
+    return [work_of(name, part) for name, part in zip(part_names(parts), parts, strict=True)]
 
 
 def results_of(parts: Parts) -> str:
@@ -91,12 +101,13 @@ def is_faithful(question: str, blocks: Sequence[tuple[Sequence[str], str]]) -> b
         takeaway lists the results of its block.
     """
     parts = parts_of(question)
+    works = works_of(parts)
     done = 0
     for steps, takeaway in blocks:
-        own = parts[done : done + len(steps)]
-        if [step.strip() for step in steps] != [work_of(part) for part in own]:
+        own = slice(done, done + len(steps))
+        if [step.strip() for step in steps] != works[own]:
             return False
-        if takeaway.strip() != results_of(own):
+        if takeaway.strip() != results_of(parts[own]):
             return False
         done += len(steps)
     return done == len(parts)

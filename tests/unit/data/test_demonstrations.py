@@ -14,10 +14,11 @@ from npr_megatron.data.demonstrations import (
     demonstration,
     demonstration_samples,
     draw_kinds,
+    shortened,
 )
 from npr_megatron.data.problems import Problem
 from npr_megatron.data.prompts import PromptBuilder
-from npr_megatron.data.sums import SumsSource
+from npr_megatron.data.sums import SumsSource, is_held_out, parts_of
 from npr_megatron.errors import ConfigError
 from npr_megatron.schema.parse import parse
 from npr_megatron.schema.rules import Rule
@@ -28,9 +29,9 @@ WELL_FORMED = """<guideline>
 <plan>2:b</plan>
 </guideline>
 <step>
-1:3+5=8+9=17</step>
+1:3+5=8+9=17;a=17</step>
 <step>
-2:2+2=4+7=11</step>
+2:2+2=4+7=11;b=11</step>
 <takeaway>
 17,11</takeaway>
 \\boxed{17,11}<eos>"""
@@ -46,7 +47,10 @@ def test_the_well_formed_demonstration_is_the_documented_text(sums):
 
 
 def test_the_sequential_demonstration_has_the_same_work_without_tags(sums):
-    assert text_of(Kind.SEQUENTIAL, sums) == "a:3+5=8+9=17\nb:2+2=4+7=11\n\\boxed{17,11}<eos>"
+    assert (
+        text_of(Kind.SEQUENTIAL, sums)
+        == "a:3+5=8+9=17;a=17\nb:2+2=4+7=11;b=11\n\\boxed{17,11}<eos>"
+    )
 
 
 def test_well_formed_and_hasty_demonstrations_parse(sums):
@@ -60,9 +64,9 @@ def test_haste_skips_about_half_of_the_last_addends(sums):
     skipped = 0
     for key in range(200):
         text = text_of(Kind.HASTY, sums, key)
-        skipped += ("1:3+5=8</step>" in text) + ("2:2+2=4</step>" in text)
-        first = "8" if "1:3+5=8</step>" in text else "17"
-        second = "4" if "2:2+2=4</step>" in text else "11"
+        skipped += ("1:3+5=8;a=8</step>" in text) + ("2:2+2=4;b=4</step>" in text)
+        first = "8" if "1:3+5=8;a=8</step>" in text else "17"
+        second = "4" if "2:2+2=4;b=4</step>" in text else "11"
         assert text.endswith(f"\n{first},{second}</takeaway>\n\\boxed{{{first},{second}}}<eos>")
     assert 150 < skipped < 250
 
@@ -134,6 +138,28 @@ def test_samples_learn_the_response_and_nothing_of_the_prompt(sums):
     assert sums.decode(sample.token_ids[sample.loss_mask]) == WELL_FORMED
     np.testing.assert_array_equal(sample.predecessor, np.arange(len(sample.token_ids)) - 1)
     assert not sample.block.any()
+
+
+def test_short_demonstrations_solve_smaller_problems_of_every_size(sums):
+    problems = SumsSource(SumsTask(kind="sums"), 0).problems_for_step("seed", 1, 300)
+    sizes = set()
+    for key, problem in enumerate(problems):
+        short = shortened(problem, key)
+        parts, whole = parts_of(short.question), parts_of(problem.question)
+        assert all(part == full[: len(part)] for part, full in zip(parts, whole, strict=False))
+        assert short.answer == ",".join(str(sum(part)) for part in parts)
+        assert not is_held_out(short.question)
+        sizes.add((len(parts), len(parts[0])))
+    assert sizes == {(k, n) for k in (2, 3, 4, 5) for n in (2, 3)}
+
+
+def test_a_short_sample_asks_the_short_question_and_answers_it(sums):
+    problems = SumsSource(SumsTask(kind="sums"), 0).problems_for_step("seed", 1, 30)
+    mixture = {"short": 0.5, "short_sequential": 0.5}
+    for sample in demonstration_samples(problems, mixture, sums, PromptBuilder(sums), seed=0):
+        question, _, response = sums.decode(sample.token_ids).partition("\n")
+        answer = ",".join(str(sum(part)) for part in parts_of(question))
+        assert response.endswith(f"\\boxed{{{answer}}}<eos>")
 
 
 def test_equal_seeds_give_equal_samples_and_others_do_not(sums):

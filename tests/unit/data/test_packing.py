@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_megatron.data.packing import first_fit_decreasing, pack
@@ -85,6 +85,7 @@ shapes = st.tuples(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(shapes)
 def test_every_sample_comes_back_whole_and_once(case):
     lengths, row_tokens, rows, replicas = case
@@ -93,6 +94,7 @@ def test_every_sample_comes_back_whole_and_once(case):
     assert sorted(map(repr, found)) == sorted(repr(expected(sample)) for sample in samples)
 
 
+@settings(max_examples=50, deadline=None)
 @given(shapes)
 def test_microbatches_share_a_shape_within_the_limits(case):
     lengths, row_tokens, rows, replicas = case

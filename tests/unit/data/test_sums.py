@@ -17,6 +17,7 @@ from npr_megatron.data.sums import (
     question_of,
     results_of,
     work_of,
+    works_of,
 )
 from npr_megatron.errors import InputError
 
@@ -26,7 +27,7 @@ PARTS = ((3, 5, 9), (2, 2, 7), (1, 8, 4))
 
 def test_a_problem_is_spelt_as_documented():
     assert question_of(PARTS) == "a=3+5+9;b=2+2+7;c=1+8+4?"
-    assert work_of(PARTS[0]) == "3+5=8+9=17"
+    assert work_of("a", PARTS[0]) == "3+5=8+9=17;a=17"
     assert results_of(PARTS) == "17,11,13"
 
 
@@ -43,12 +44,13 @@ def test_a_foreign_question_is_refused(question):
 def test_work_is_true_arithmetic():
     for key in range(50):
         for part in draw_parts(TASK, key):
-            equations = re.findall(r"(?=(?:^|=)(\d+\+\d+=\d+))", work_of(part))
+            chain, _, result = work_of("b", part).partition(";b=")
+            equations = re.findall(r"(?=(?:^|=)(\d+\+\d+=\d+))", chain)
             assert len(equations) == TASK.addends - 1
             for equation in equations:
                 left, right = equation.split("=")
                 assert eval(left) == int(right)
-            assert int(work_of(part).rpartition("=")[2]) == sum(part)
+            assert int(chain.rpartition("=")[2]) == int(result) == sum(part)
 
 
 def test_drawn_problems_cover_the_whole_range_and_nothing_else():
@@ -63,7 +65,7 @@ def test_drawn_problems_cover_the_whole_range_and_nothing_else():
 
 
 def test_good_work_is_faithful_in_one_block_or_in_two():
-    question, works = question_of(PARTS), [work_of(part) for part in PARTS]
+    question, works = question_of(PARTS), works_of(PARTS)
     assert is_faithful(question, [(works, "17,11,13")])
     assert is_faithful(question, [(works[:2], "17,11"), (works[2:], "13")])
 
@@ -72,11 +74,14 @@ def test_good_work_is_faithful_in_one_block_or_in_two():
     "blocks",
     [
         [],
-        [(["3+5=8+9=17", "2+2=4+7=11"], "17,11")],
-        [(["3+5=8+9=17", "2+2=4+7=11", "1+8=9"], "17,11,13")],
-        [(["3+5=8+9=17", "2+2=4+7=11", "1+8=9+4=13"], "17,11,14")],
-        [(["2+2=4+7=11", "3+5=8+9=17", "1+8=9+4=13"], "17,11,13")],
-        [(["3+5=8+9=17", "2+2=4+7=11", "1+8=9+4=13"], "17,11,13"), (["1+8=9+4=13"], "13")],
+        [(["3+5=8+9=17;a=17", "2+2=4+7=11;b=11"], "17,11")],
+        [(["3+5=8+9=17;a=17", "2+2=4+7=11;b=11", "1+8=9;c=9"], "17,11,13")],
+        [(["3+5=8+9=17;a=17", "2+2=4+7=11;b=11", "1+8=9+4=13;c=13"], "17,11,14")],
+        [(["2+2=4+7=11;b=11", "3+5=8+9=17;a=17", "1+8=9+4=13;c=13"], "17,11,13")],
+        [
+            (["3+5=8+9=17;a=17", "2+2=4+7=11;b=11", "1+8=9+4=13;c=13"], "17,11,13"),
+            (["1+8=9+4=13;c=13"], "13"),
+        ],
     ],
 )
 def test_skipped_wrong_swapped_or_repeated_work_is_not_faithful(blocks):

@@ -15,7 +15,7 @@ from tests.unit.rewards.rollouts import ANSWER, GOOD, HEAD, PLAIN, QUESTION, rea
 
 PROBLEM = Problem(id="p", question=QUESTION, answer=ANSWER)
 WRONG = GOOD.replace("\\boxed{3,7}", "\\boxed{3,8}")
-GUESSED = GOOD.replace("1:1+2=3</step>", "1:1</step>")
+GUESSED = GOOD.replace("1:1+2=3;a=3</step>", "1:1;a=3</step>")
 NO_BOX = GOOD.replace("\\boxed{3,7}", "3,7")
 
 
@@ -38,7 +38,7 @@ def test_shares_are_counted_as_documented():
 def test_lengths_are_means_and_parallel_paths_are_shorter():
     parallel, sequential = measure([GOOD]), measure([GOOD], DecodeMode.SEQUENTIAL)
     num_tokens = rollout(GOOD).num_tokens
-    branch = len("<step>\n1:1+2=3</step>\n") - len("<step></step>") + 2
+    branch = len("<step>\n1:1+2=3;a=3</step>\n") - len("<step></step>") + 2
     assert parallel.total_tokens == sequential.total_tokens == num_tokens
     assert sequential.critical_path_tokens == num_tokens
     assert parallel.critical_path_tokens == num_tokens - branch

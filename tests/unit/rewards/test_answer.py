@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_megatron.rewards.answer import BOX_WINDOW_CHARS, answers_match, boxed_answer
@@ -86,6 +86,7 @@ def test_different_answers_do_not_match(found, expected):
     assert not answers_match(found, expected)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(-999, 9999), min_size=1, max_size=5), st.data())
 def test_a_list_matches_itself_and_no_list_with_another_item(numbers, data):
     answer = ",".join(map(str, numbers))
@@ -96,6 +97,7 @@ def test_a_list_matches_itself_and_no_list_with_another_item(numbers, data):
     assert not answers_match(",".join(map(str, wrong)), answer)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_any_text_can_be_compared_and_order_does_not_matter_for_scalars(left, right):
     if "," not in left + right:
