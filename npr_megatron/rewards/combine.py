@@ -2,8 +2,13 @@
 
 ZERO learns the format, NPR takes it for granted and learns the answer::
 
-    ZERO   format score in [-2, 0) if malformed, else +1 right, -1 wrong; every rollout counts
+    ZERO   format score - 1, in [-3, -1), if malformed, else +1 right, -1 wrong; every rollout counts
     NPR    +1 right, -1 wrong; malformed rollouts are dropped, not punished
+
+The paper gives a malformed rollout its format score alone. A small fault (-0.4) then pays more than a
+well-formed wrong answer (-1), and a policy that is often wrong learns the fault: in the quickstart at
+learning rate 2e-3 validity went 0.32, 0.84 (step 4), 0.00 (step 7) and stayed there at reward -0.42.
+One point less keeps every malformed rollout below every well-formed one.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ from npr_megatron.rewards.answer import answers_match, boxed_answer
 from npr_megatron.rewards.reading import Reader, Reading
 from npr_megatron.rewards.structure import drop_reason
 from npr_megatron.topology.cursor import Convention
+
+RIGHT, WRONG = 1.0, -1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +59,7 @@ def score_zero(trajectory: Trajectory, answer: str, reader: Reader) -> Score:
     return Score(
         format_score=reading.format_score,
         is_correct=is_correct,
-        reward=_sign(is_correct) if reading.is_valid else reading.format_score,
+        reward=_sign(is_correct) if reading.is_valid else reading.format_score + WRONG,
     )
 
 
@@ -77,4 +84,4 @@ def is_right(reading: Reading, answer: str) -> bool:
 
 
 def _sign(is_correct: bool) -> float:
-    return 1.0 if is_correct else -1.0
+    return RIGHT if is_correct else WRONG

@@ -38,8 +38,8 @@ def test_zero_rewards_the_answer_once_the_format_is_kept(response, reward):
 def test_zero_punishes_a_broken_format_even_if_the_answer_is_right(response):
     score = score_zero(rollout(response, SEQUENTIAL), ANSWER, reader())
     assert not score.is_valid
-    assert -2.0 <= score.reward < 0.0
-    assert score.reward == score.format_score
+    assert -3.0 <= score.reward < -1.0, "worse than any well-formed answer"
+    assert score.reward == score.format_score - 1.0
     assert score.kept, "ZERO learns from every rollout"
     assert score.is_correct is ("boxed{3,7}" in response)
 
