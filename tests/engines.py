@@ -13,10 +13,10 @@ from npr_megatron.engine.engine import Engine
 from npr_megatron.engine.flow import Teacher
 from npr_megatron.engine.model import storage_shapes
 from npr_megatron.records.request import GenerationRequest
-from npr_megatron.records.trajectory import DecodeMode, IntArray
+from npr_megatron.records.trajectory import DecodeMode, IntArray, Trajectory
 from npr_megatron.schema.tags import Vocabulary
 from npr_megatron.topology.layout import layout_of
-from tests.structures import NUM_IDS, SMALL
+from tests.structures import NUM_IDS, SMALL, WORDS
 
 TINY = ModelConfig(
     num_hidden_layers=2,
@@ -28,6 +28,7 @@ TINY = ModelConfig(
     vocab_size=NUM_IDS,
     max_position_embeddings=512,
 )
+UNTIED = TINY.model_copy(update={"tie_word_embeddings": False})
 
 
 def random_weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
@@ -42,9 +43,31 @@ def random_weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     }
 
 
+def steered_weights(
+    model: ModelConfig, seed: int, spoken: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """Random weights whose distribution is spread over ``spoken`` ids only.
+
+    Channel 0 carries a constant through the residual stream (no layer writes it) and the untied
+    head reads it as a bias against all other ids. Everything else is random, so the text still
+    depends on the whole context.
+    """
+    weights = random_weights(model, seed)
+    weights["embed_tokens.weight"][:, 0] = 1.0
+    for layer in range(model.num_hidden_layers):
+        weights[f"layers.{layer}.o_proj.weight"][0] = 0.0
+        weights[f"layers.{layer}.down_proj.weight"][0] = 0.0
+    bias = torch.full((model.vocab_size,), -6.0)
+    bias[list(spoken)] = 0.0
+    weights["norm.weight"][0] = 1.0
+    weights["lm_head.weight"][:, 0] = bias
+    return weights
+
+
 def tiny_engine(
     *,
     model: ModelConfig = TINY,
+    weights: dict[str, torch.Tensor] | None = None,
     vocabulary: Vocabulary = SMALL,
     num_kv_slots: int = 4096,
     max_running: int = 64,
@@ -53,7 +76,7 @@ def tiny_engine(
     """An engine with random weights of version 0 that checks its slots after every step."""
     config = EngineConfig(num_kv_slots=num_kv_slots, max_running=max_running, debug_checks=True)
     engine = Engine(model, config, vocabulary)
-    engine.load(random_weights(model, seed))
+    engine.load(random_weights(model, seed) if weights is None else weights)
     return engine
 
 
@@ -63,8 +86,8 @@ def request_for(
     rollout: int = 0,
     prompt_id: str = "p",
     mode: DecodeMode = DecodeMode.PARALLEL,
-    max_new_tokens: int = 256,
-    max_critical_path: int = 256,
+    max_new_tokens: int = 400,
+    max_critical_path: int = 400,
     seed: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -106,3 +129,34 @@ def teacher_of_labels(
         return stream[index] if index < len(stream) else None
 
     return teach
+
+
+def skeleton_of(
+    token_ids: Sequence[int] | IntArray, prompt_length: int, vocabulary: Vocabulary
+) -> Teacher:
+    """Return the teacher that dictates the structure only and leaves every word of the texts to the
+    model.
+    """
+    teach = teacher_of(token_ids, prompt_length, vocabulary)
+
+    def teach_structure(block: int, branch: int, index: int) -> int | None:
+        token_id = teach(block, branch, index)
+        return None if token_id in WORDS else token_id
+
+    return teach_structure
+
+
+def drain(engine: Engine) -> list[Trajectory]:
+    """Step until nothing is left; return what ended, in order of ending."""
+    finished: list[Trajectory] = []
+    while engine.num_unfinished:
+        finished += engine.step()
+    return finished
+
+
+def run_one(
+    engine: Engine, request: GenerationRequest, teacher: Teacher | None = None
+) -> Trajectory:
+    """Decode a single request."""
+    engine.add(request, teacher)
+    return drain(engine)[0]

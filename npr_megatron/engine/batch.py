@@ -102,7 +102,7 @@ def _place_streams(
 
 
 def _length_ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
-    """Cut ascending ``lengths`` where reading the shorter rows apart saves more than a group costs."""
+    """Cut ascending ``lengths`` where reading the shorter rows apart pays."""
     ranges: list[tuple[int, int]] = []
     stop = len(lengths)
     while stop:

@@ -132,7 +132,7 @@ class EngineModel:
         return rotated[:, :num_q], rotated[:, num_q:], heads[:, num_q + num_kv :]
 
     def _fuse_head_norms(self) -> Tensor:
-        """Lay the query and key norms of all layers side by side, [layers, 2, D], as live storages."""
+        """Lay query and key norms of all layers side by side, [layers, 2, D], as live storages."""
         config = self.config
         names = [
             (f"layers.{layer}.q_norm.weight", f"layers.{layer}.k_norm.weight")
