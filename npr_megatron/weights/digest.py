@@ -26,9 +26,6 @@ from npr_megatron.weights.storages import tile_view
 from npr_megatron.weights.tiles import Layout, Tile
 
 _UInt64Array = npt.NDArray[np.uint64]
-_CHUNK_ELEMENTS = (
-    32_768  # widened to uint64 they fill 256 KiB, which stays in the second-level cache
-)
 _SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -85,19 +82,13 @@ def digests(shares: Iterable[tuple[int, ...]]) -> set[int]:
 
 def digest_box(parameter: str, box: Box, values: Tensor) -> int:
     """Return the share of ``parameter[box]``, given its values."""
-    bits = _bits(values)
+    bits = np.atleast_2d(_bits(values))
     row_keys = np.ones(1, np.uint64)
-    if bits.ndim == 1:
-        bits = bits[None, :]
-    else:
+    if len(box.start) == 2:
         row_keys = _keys(parameter, "row", box.start[0], box.stop[0])
     column_keys = _keys(parameter, "column", box.start[-1], box.stop[-1])
-    height = max(1, _CHUNK_ELEMENTS // bits.shape[1])
-    row_sums = [
-        np.einsum("rc,c->r", bits[row : row + height].astype(np.uint64), column_keys)
-        for row in range(0, bits.shape[0], height)
-    ]
-    return int(np.dot(np.concatenate(row_sums), row_keys))
+    row_sums = np.einsum("rc,c->r", bits, column_keys)  # widens to 64 bits in small buffers
+    return int(np.dot(row_sums, row_keys))
 
 
 def _bits(values: Tensor) -> npt.NDArray[np.unsignedinteger]:
