@@ -12,6 +12,7 @@ from npr_megatron.config.stages import StageName
 from npr_megatron.config.training import OptimizerConfig
 from npr_megatron.data.prompts import PromptBuilder
 from npr_megatron.data.tokenizer import Tokenizer
+from npr_megatron.errors import InputError
 from npr_megatron.evaluation.metrics import FaithfulCheck
 from npr_megatron.observability.metrics import MetricsLog
 from npr_megatron.pipeline.folder import RunFolder
@@ -92,10 +93,18 @@ class RunContext:
     ) -> GenerationRequest:
         """Return the request for one rollout; ``purpose`` (stage and step) keys its randomness.
 
-        What prompt and answer take together fits a packed row of the trainer.
+        Prompt and answer together fit a packed row of the trainer.
+
+        Raises:
+            InputError: the prompt alone fills a row.
         """
         sampling = self.config.sampling
         room = self.config.trainer.row_tokens - len(prompt_ids)
+        if room < 1:
+            raise InputError(
+                f"problem {prompt_id} has a prompt of {len(prompt_ids)} tokens, a packed row "
+                f"{self.config.trainer.row_tokens}; raise trainer.row_tokens or drop the problem"
+            )
         return GenerationRequest(
             prompt_id=prompt_id,
             rollout=rollout,

@@ -14,6 +14,7 @@ from npr_megatron.config.check import check_files, check_run
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.run import RunConfig, SumsTask
 from npr_megatron.config.stages import STAGES, StageName
+from npr_megatron.data.demonstrations import check_mixture
 from npr_megatron.data.prompts import PromptBuilder
 from npr_megatron.data.sources import ProblemSource, open_source
 from npr_megatron.data.sums import is_faithful
@@ -79,13 +80,23 @@ def prepare(config: RunConfig) -> tuple[ModelConfig, ProblemSource]:
         ConfigError: listing every problem.
     """
     architecture, faults = check_files(config)
-    faults = [*faults, *check_run(config, architecture)]
+    faults = [*faults, *check_run(config, architecture), *_mixture_problems(config)]
     if faults:
         raise ConfigError(faults)
     model = config.model.architecture or architecture
     assert model is not None, "check_run demands a model"
     require_environment(config, model)
     return model, open_source(config.task, config.run.seed)
+
+
+def _mixture_problems(config: RunConfig) -> list[str]:
+    problems: list[str] = []
+    for number, phase in enumerate(config.seed_stage.phases if config.seed_stage else ()):
+        try:
+            check_mixture(phase.mixture)
+        except ConfigError as error:
+            problems += [f"seed_stage.phases.{number}: {problem}" for problem in error.problems]
+    return problems
 
 
 @contextmanager
