@@ -44,12 +44,13 @@ def random_weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 
 
 def steered_weights(
-    model: ModelConfig, seed: int, spoken: Sequence[int]
+    model: ModelConfig, seed: int, spoken: Sequence[int], margin: float = 6.0
 ) -> dict[str, torch.Tensor]:
     """Random weights whose distribution is spread over ``spoken`` ids only.
 
     Channel 0 carries a constant through the residual stream (no layer writes it) and the untied
-    head reads it as a bias against all other ids. Everything else is random, so the text still
+    head reads it as a bias of a few ``margin`` against all other ids: 6 decides a greedy choice and
+    keeps fp32 log-probs sharp, 30 decides every draw. Everything else is random, so the text still
     depends on the whole context.
     """
     weights = random_weights(model, seed)
@@ -57,7 +58,7 @@ def steered_weights(
     for layer in range(model.num_hidden_layers):
         weights[f"layers.{layer}.o_proj.weight"][0] = 0.0
         weights[f"layers.{layer}.down_proj.weight"][0] = 0.0
-    bias = torch.full((model.vocab_size,), -6.0)
+    bias = torch.full((model.vocab_size,), -margin)
     bias[list(spoken)] = 0.0
     weights["norm.weight"][0] = 1.0
     weights["lm_head.weight"][:, 0] = bias
@@ -71,10 +72,16 @@ def tiny_engine(
     vocabulary: Vocabulary = SMALL,
     num_kv_slots: int = 4096,
     max_running: int = 64,
+    max_plans: int = 5,
     seed: int = 0,
 ) -> Engine:
     """An engine with random weights of version 0 that checks its slots after every step."""
-    config = EngineConfig(num_kv_slots=num_kv_slots, max_running=max_running, debug_checks=True)
+    config = EngineConfig(
+        num_kv_slots=num_kv_slots,
+        max_running=max_running,
+        max_plans=max_plans,
+        debug_checks=True,
+    )
     engine = Engine(model, config, vocabulary)
     engine.load(random_weights(model, seed) if weights is None else weights)
     return engine

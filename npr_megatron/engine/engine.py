@@ -93,6 +93,11 @@ class Engine:
         """Trajectories that a later ``step`` will return."""
         return len(self._flows)
 
+    @property
+    def num_kv_slots_used(self) -> int:
+        """Resident keys and values [tokens], prompts included."""
+        return self._pool.num_slots - self._pool.num_free
+
     def add(self, request: GenerationRequest, teacher: Teacher | None = None) -> None:
         """Queue a request.
 

@@ -151,7 +151,8 @@ class Flow:
     def expand(self, pool: SlotPool, version: int) -> list[Feed]:
         """Insert the forced tokens that are due and return what to feed for them.
 
-        Either all of them fit the budget or the trajectory ends before any is placed.
+        Either all of them fit the budget, and the token sampled behind them too, or the trajectory
+        ends before any is placed.
         """
         if not self._due:
             return []
@@ -164,7 +165,8 @@ class Flow:
         num_branches = trunk.state.num_plans
         headers = [vocabulary.step_header(index + 1) for index in range(num_branches)]
         lengths = [len(header) for header in headers]
-        self.finish = self.ledger.verdict(1 + sum(lengths), self.cursor.position + 1 + max(lengths))
+        num_tokens, end = 1 + sum(lengths), self.cursor.position + 1 + max(lengths)
+        self.finish = self.ledger.verdict(num_tokens + 1, end + 1)
         if self.finish is not None:
             return []
         trunk.place(vocabulary.newline, forced=True, logprob=0.0, version=version)
@@ -207,8 +209,8 @@ class Flow:
         if is_join:
             num_tokens += len(vocabulary.takeaway_header)
             furthest = max([self.cursor.position, *ends])
-            ends.append(furthest + len(vocabulary.takeaway_header))
-        self.finish = self.ledger.verdict(num_tokens, max(ends))
+            ends.append(furthest + len(vocabulary.takeaway_header) + 1)
+        self.finish = self.ledger.verdict(num_tokens + 1, max(ends))
         if self.finish is not None:
             return []
         feeds = []
