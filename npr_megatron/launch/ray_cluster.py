@@ -36,6 +36,7 @@ OBJECT_STORE_BYTES = 128 * 2**20
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # seats say which devices are visible
+    "RAY_prestart_worker_first_driver": "0",  # none of them could carry an actor of a seat
     "RAY_DEDUP_LOGS": "0",
 }
 _LONGEST_SOCKET_FOLDER = 40  # a unix socket path has 107 characters; Ray's own part takes up to 64

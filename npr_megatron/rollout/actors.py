@@ -81,10 +81,10 @@ def outcome(call: ray.ObjectRef, what: str) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, NprError):
             return Failure(error.cause, is_ours=True)
-        trace = _plain(error)
-        text = f"{what} failed unexpectedly, a defect of this program or of the machine:\n{trace}"
-        return Failure(EnvironmentFault(text), is_ours=False)
+        return Failure(_unexpected(error, what), is_ours=False)
     except RayActorError as error:
+        if "error raised in its creation task" in str(error):  # its code could not be loaded
+            return Failure(_unexpected(error, what), is_ours=False)
         return Death(_cause(error))
 
 
@@ -158,9 +158,11 @@ def _most_telling(bad: dict[int, Death | Failure], what: str) -> NprError:
     return min(failures, key=lambda failure: not failure.is_ours).error
 
 
-def _plain(error: Exception) -> str:
-    """Return Ray's trace without terminal colours."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+def _unexpected(error: Exception, what: str) -> EnvironmentFault:
+    trace = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # without terminal colours
+    return EnvironmentFault(
+        f"{what} failed unexpectedly, a defect of this program or of the machine:\n{trace}"
+    )
 
 
 def _cause(error: RayActorError) -> str:

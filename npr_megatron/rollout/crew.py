@@ -86,16 +86,17 @@ class Crew:
     def ask(
         self, members: Collection[Member], ask: Callable[[Member], ray.ObjectRef], what: str
     ) -> tuple[dict[Member, Any], Deaths]:
-        """Call all ``members`` at once; return the answers and the deaths. Raises the first
-        error."""
+        """Call all ``members`` at once; return the answers and the deaths.
+
+        Raises the first error, in its own type; EnvironmentFault (an engine broke) ends the crew.
+        """
         calls = [ask(member) for member in members]
-        answers = dict(
-            zip(
-                members,
-                gather(calls, timeout_s=self._config.request_timeout_s, what=what),
-                strict=True,
-            )
-        )
+        try:
+            results = gather(calls, timeout_s=self._config.request_timeout_s, what=what)
+        except EnvironmentFault:
+            self.close()
+            raise
+        answers = dict(zip(members, results, strict=True))
         dead = {m: answer.cause for m, answer in answers.items() if isinstance(answer, Death)}
         return {m: answer for m, answer in answers.items() if m not in dead}, dead
 

@@ -212,7 +212,8 @@ class Fleet:
             member = waiting[call]
             member.report = None
             answer = outcome(call, f"decoding on {member.name}")
-            if isinstance(answer, Failure):
+            if isinstance(answer, Failure):  # the engine broke, and would break again
+                self._crew.close()
                 raise answer.error
             if isinstance(answer, Death):
                 dead[member] = answer.cause

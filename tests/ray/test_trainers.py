@@ -1,5 +1,6 @@
 """Real Megatron ranks in Ray actors: a step of learning, and weights that reach the engines."""
 
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -75,6 +76,12 @@ def fleet(cluster, trainer):
         yield fleet
 
 
+@pytest.fixture(scope="module")
+def versions():
+    """Weight versions, each used once."""
+    return itertools.count(1)
+
+
 def batch_of(trajectories: list[Trajectory]) -> StepBatch:
     """A DAPO batch that likes every other trajectory."""
     samples = [rl_sample(t, advantage=1.0 - 2 * (i % 2)) for i, t in enumerate(trajectories)]
@@ -84,14 +91,16 @@ def batch_of(trajectories: list[Trajectory]) -> StepBatch:
 def engine_storages(folder: Path) -> dict[str, torch.Tensor]:
     """Engine storages cut from an HF folder, past publisher, arenas and plan."""
     (layout,) = engine_layout(TINY).ranks
-    storages = empty_storages(layout)
+    storages = empty_storages(layout, torch.float32)
     with read_hf(folder, TINY) as checkpoint:
         load_tiles(layout, checkpoint.read, storages)
     return storages
 
 
-def test_learnt_weights_reach_the_engines_bit_for_bit(trainer, fleet, hf_folder, tmp_path):
-    fleet.push(trainer.publish(1))
+def test_learnt_weights_reach_the_engines_bit_for_bit(
+    trainer, fleet, versions, hf_folder, tmp_path
+):
+    fleet.push(trainer.publish(next(versions)))
     before = fleet.generate(REQUESTS)
 
     trainer.begin_stage(OptimizerConfig(learning_rate=1e-2), num_steps=2)
@@ -100,8 +109,8 @@ def test_learnt_weights_reach_the_engines_bit_for_bit(trainer, fleet, hf_folder,
     assert result.grad_norm > 0
     assert 0 < result.max_logprob_gap < 1e-4  # the engine's log-probs, recomputed by Megatron
 
-    publication = trainer.publish(2)
-    pulled = empty_storages(engine_layout(TINY).ranks[0])
+    publication = trainer.publish(next(versions))
+    pulled = empty_storages(engine_layout(TINY).ranks[0], torch.float32)
     Receiver(trainer_layout(TINY, PARALLEL), engine_layout(TINY)).pull(publication, pulled)
     trainer.export_hf(tmp_path / "learnt", hf_folder)
     learnt, start = engine_storages(tmp_path / "learnt"), engine_storages(hf_folder)
@@ -111,7 +120,7 @@ def test_learnt_weights_reach_the_engines_bit_for_bit(trainer, fleet, hf_folder,
 
     fleet.push(publication)
     oracle = Engine(TINY, EngineConfig(), SMALL)
-    oracle.load(learnt, version=2)
+    oracle.load(learnt, version=publication.version)
     for found, expected in zip(fleet.generate(REQUESTS), oracle.generate(REQUESTS), strict=True):
         np.testing.assert_array_equal(found.token_ids, expected.token_ids)
         np.testing.assert_array_equal(found.weight_versions, expected.weight_versions)
@@ -119,29 +128,32 @@ def test_learnt_weights_reach_the_engines_bit_for_bit(trainer, fleet, hf_folder,
 
 
 def test_progress_comes_back_from_a_checkpoint_and_scores_are_those_of_the_rollouts(
-    trainer, fleet, tmp_path
+    trainer, fleet, versions, tmp_path
 ):
     trainer.begin_stage(OptimizerConfig(learning_rate=1e-2), num_steps=3)
-    version = fleet.version + 1
-    fleet.push(trainer.publish(version))
+    fleet.push(trainer.publish(next(versions)))
     batch = batch_of(fleet.generate(REQUESTS))
-    trainer.save(tmp_path / "checkpoints", {"stage": "zero", "step": 0})
     scores = trainer.score(batch)
     for microbatch, score in zip(batch.microbatches, scores, strict=True):
         learnt = microbatch.labels >= 0
         np.testing.assert_allclose(
             score[learnt], microbatch.rollout_logprobs[learnt], atol=1e-4, rtol=0
         )
-    first = trainer.train_step(batch)
+    imitation = StepBatch(microbatches=batch.microbatches, loss=LossConfig(kind="sft"))
+    trainer.train_step(imitation)
+    trainer.save(tmp_path / "checkpoints", {"stage": "zero", "step": 1})
+    second = trainer.train_step(imitation)
     trainer.begin_stage(OptimizerConfig(learning_rate=1e-2), num_steps=3)
-    assert trainer.load(tmp_path / "checkpoints") == {"stage": "zero", "step": 0}
-    assert trainer.train_step(batch) == first
+    assert trainer.load(tmp_path / "checkpoints") == {"stage": "zero", "step": 1}
+    assert trainer.train_step(imitation) == second
 
 
-def test_errors_of_ranks_keep_their_type_and_the_group_stays_usable(trainer, fleet, tmp_path):
+def test_errors_of_ranks_keep_their_type_and_the_group_stays_usable(
+    trainer, fleet, versions, tmp_path
+):
     with pytest.raises(InputError, match="nowhere"):
         trainer.load_hf(tmp_path / "nowhere")
-    fleet.push(trainer.publish(fleet.version + 1))
+    fleet.push(trainer.publish(next(versions)))
     trajectories = fleet.generate(REQUESTS)
     batch = batch_of(trajectories)
     for microbatch in batch.microbatches:
