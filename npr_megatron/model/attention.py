@@ -9,8 +9,9 @@ block mask, whose memory grows with the tokens and not with their square.
 Megatron's own rotary embedding is switched off: it numbers tokens 0, 1, 2, ... and ignores
 position ids, and it takes the cosine of all angles anew in each layer.
 
-The CUDA branch follows the same contract but could not be executed where this was written; run
-``pytest -m gpu`` on a machine with CUDA before relying on it.
+The CUDA branch could not be executed where this was written, beyond the block mask and the eager
+forward pass (equal to SDPA on CPU); run ``pytest -m gpu`` on a machine with CUDA before relying on
+its compiled backward.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def branch_context(
         torch.from_numpy(stream).to(device) for stream in (batch.segment, batch.block, batch.branch)
     ]
     if device.type == "cuda":
-        visibility: Tensor | BlockMask = _block_mask(*streams)
+        visibility: Tensor | BlockMask = block_mask(*streams)
     else:
         visibility = dense_mask(*streams).unsqueeze(1)
     return BranchContext(rotary_cos=cos, rotary_sin=sin, visibility=visibility)
@@ -81,7 +82,7 @@ def _rotate(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     return torch.addcmul(heads * cos, torch.cat((high, low), -1), signed_sin)
 
 
-def _block_mask(segment_BS: Tensor, block_BS: Tensor, branch_BS: Tensor) -> BlockMask:
+def block_mask(segment_BS: Tensor, block_BS: Tensor, branch_BS: Tensor) -> BlockMask:
     """Return the block-sparse form of ``topology.visibility.dense_mask``."""
 
     def is_visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -93,7 +94,9 @@ def _block_mask(segment_BS: Tensor, block_BS: Tensor, branch_BS: Tensor) -> Bloc
         return (query == key) | ((query >= key) & same_sample & sees)
 
     rows, length = segment_BS.shape
-    return create_block_mask(is_visible, rows, None, length, length, device=segment_BS.device)
+    # Compiled, it never writes the [S, S] mask down that it summarises.
+    create = torch.compile(create_block_mask)
+    return create(is_visible, rows, None, length, length, segment_BS.device)
 
 
 class _BranchCore(MegatronModule):

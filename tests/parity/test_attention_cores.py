@@ -1,0 +1,77 @@
+"""The two core attentions, dense on CPU and block-sparse for CUDA, are one function."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from npr_megatron.records.sample import PackedBatch
+from tests.distributed.harness import run_ranks
+from tests.distributed.jobs import MODEL
+from tests.distributed.samples import packed
+
+
+def attend_both_ways(rank, world_size, init_method, batch: PackedBatch, device_name: str):
+    """Return visibility, outputs and gradients under (dense, flex); gradients on CUDA only."""
+    import npr_megatron.model.attention as attention
+    from npr_megatron.runtime.device import install_cuda_stand_in
+    from npr_megatron.topology.visibility import dense_mask
+
+    install_cuda_stand_in()
+    warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+    device = torch.device(device_name)
+    streams = [
+        torch.from_numpy(stream).to(device) for stream in (batch.segment, batch.block, batch.branch)
+    ]
+    dense, sparse = dense_mask(*streams), attention.block_mask(*streams)
+    rows, length = batch.shape
+    (rows_index, queries, keys) = torch.meshgrid(
+        torch.arange(rows), torch.arange(length), torch.arange(length), indexing="ij"
+    )
+    of_predicate = sparse.mask_mod(rows_index, 0, queries, keys)
+
+    cos, sin = attention.rotary_tables(batch, MODEL, torch.float32, device)
+    config = SimpleNamespace(kv_channels=MODEL.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    outputs, gradients = [], []
+    for core_type, visibility in (
+        (attention.DenseBranchCore, dense.unsqueeze(1)),
+        (attention.FlexBranchCore, sparse),
+    ):
+        generator.manual_seed(0)
+        heads = [
+            torch.randn(length, rows, count, MODEL.head_dim, generator=generator).to(device)
+            for count in (4, 2, 2)
+        ]
+        needs_gradient = device.type == "cuda"
+        heads = [tensor.requires_grad_(needs_gradient) for tensor in heads]
+        context = attention.BranchContext(rotary_cos=cos, rotary_sin=sin, visibility=visibility)
+        output = core_type(config)(*heads, None, packed_seq_params=context)
+        outputs.append(output.detach().cpu().numpy())
+        if needs_gradient:
+            grads = torch.autograd.grad(output.square().sum(), heads)
+            gradients.append([gradient.cpu().numpy() for gradient in grads])
+    return dense.cpu().numpy(), of_predicate.cpu().numpy(), outputs, gradients
+
+
+def test_block_mask_and_its_attention_equal_the_dense_ones(tmp_path):
+    batch = packed(5, num_replicas=1, rows_per_microbatch=2)[0]
+    ((dense, sparse, outputs, _),) = run_ranks(attend_both_ways, 1, tmp_path, batch, "cpu")
+    np.testing.assert_array_equal(sparse, dense)
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_flex_attention_equals_sdpa_forward_and_backward(tmp_path):
+    batch = packed(5, num_replicas=1, rows_per_microbatch=2)[0]
+    ((_, _, outputs, gradients),) = run_ranks(
+        attend_both_ways, 1, tmp_path, batch, "cuda", timeout_s=600
+    )
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=2e-3)
+    for flex, dense in zip(gradients[1], gradients[0], strict=True):
+        np.testing.assert_allclose(flex, dense, atol=1e-2)
