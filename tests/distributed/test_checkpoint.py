@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from npr_megatron.config.training import ParallelConfig
+from npr_megatron.errors import InputError
 from tests.distributed.harness import run_ranks
-from tests.distributed.jobs import MODEL, Job, train, whole_model
+from tests.distributed.jobs import MODEL, Job, open_rank, train, whole_model
 from tests.distributed.samples import step_batches
 
 BATCHES = step_batches("sft", 4)
@@ -46,3 +47,31 @@ def test_checkpoint_of_pp2_continues_under_tp2_and_on_one_rank(hf_folder, tmp_pa
         )
         for name, tensor in expected.items():
             np.testing.assert_allclose(weights[name], tensor, atol=1e-4, err_msg=name)
+
+
+def save_twice_then_look(rank, world_size, init_method, job, folder):
+    """Return what a load from nothing said, and what two saves and a crashed third leave."""
+    trainer = open_rank(rank, world_size, init_method, job)
+    complaint = ""
+    try:
+        trainer.load(folder)
+    except InputError as error:
+        complaint = str(error)
+    for number, batch in enumerate(BATCHES[:2]):
+        trainer.train_step(batch)
+        trainer.save(folder, {"saves": number + 1})
+    (folder / ".partial-step-00000003").mkdir()
+    progress = trainer.load(folder)
+    trainer.close()
+    return complaint, progress, sorted(path.name for path in folder.glob("step-*"))
+
+
+def test_only_the_newest_complete_checkpoint_is_kept_and_loaded(hf_folder, tmp_path):
+    folder = tmp_path / "checkpoints"
+    ((complaint, progress, left),) = run_ranks(
+        save_twice_then_look, 1, tmp_path, Job(hf_folder=hf_folder), folder
+    )
+    assert "name a folder that a trainer has saved to" in complaint
+    assert progress == {"saves": 2}
+    assert left == ["step-00000002"]
+    assert (folder / "latest").read_text() == "step-00000002"
