@@ -287,7 +287,9 @@ class Grammar:
         if phase in _OUTSIDE:
             if tag is not Tag.GUIDELINE_OPEN:
                 return Rule.STRAY_TAG
-            return Rule.TEXT_OUTSIDE_BLOCK if phase is Phase.CONCLUSION else None
+            if phase is not Phase.CONCLUSION:
+                return None
+            return Rule.TEXT_OUTSIDE_BLOCK if state.has_text else Rule.SPACING
         if tag is Tag.GUIDELINE_OPEN:
             return Rule.NESTED_GUIDELINE
         if phase in _CLOSER:

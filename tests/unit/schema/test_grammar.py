@@ -21,6 +21,8 @@ from tests.structures import (
 )
 from tests.unit.schema.spelling import TWO_BRANCHES, ids
 
+BLOCK = TWO_BRANCHES.removesuffix(" NL g h EOS")
+
 
 def first_broken_rule(response_ids: list[int], vocabulary: Vocabulary) -> tuple[Rule, int] | None:
     grammar = Grammar(vocabulary)
@@ -144,10 +146,15 @@ def test_each_defect_breaks_its_rule_at_the_token_that_proves_it(old, new, rule,
         ("EOS", Rule.EMPTY_RESPONSE, 0),
         ("<guideline> NL </guideline>", Rule.NO_PLANS, 2),
         ("<guideline> EOS", Rule.OPEN_BLOCK, 1),
+        (f"{BLOCK} NL {BLOCK} a EOS", None, None),
+        (f"{BLOCK} {BLOCK} a EOS", None, None),
+        (f"{BLOCK} NL NL {BLOCK} a EOS", Rule.SPACING, 33),
+        (f"{BLOCK} _ {BLOCK} a EOS", Rule.SPACING, 32),
+        (f"{BLOCK} NL a {BLOCK} a EOS", Rule.TEXT_OUTSIDE_BLOCK, 33),
     ],
 )
-def test_short_responses_break_the_rule_of_what_is_missing(words, rule, position):
-    assert first_broken_rule(ids(words), SMALL) == (rule, position)
+def test_what_stands_around_blocks_decides_the_rule(words, rule, position):
+    assert first_broken_rule(ids(words), SMALL) == (None if rule is None else (rule, position))
 
 
 def test_one_plan_more_than_the_vocabulary_can_number_is_refused():

@@ -127,6 +127,24 @@ def test_a_tag_in_a_text_is_skipped_and_the_block_still_counts():
     assert result.document is None
 
 
+def test_a_missing_newline_costs_one_violation_and_no_text():
+    result = parse(ids(TWO_BRANCHES.replace("<takeaway> NL f", "<takeaway> f")), SMALL)
+    assert [v.rule for v in result.violations] == [Rule.SPACING]
+    assert result.blocks[0].takeaway == Span(28, 29)
+    assert rules(TWO_BRANCHES.replace("<step> NL 1:", "<step> _ NL 1:")) == [(Rule.SPACING, 15)]
+
+
+def test_a_blank_for_an_index_leaves_the_text_empty():
+    assert rules(TWO_BRANCHES.replace("<plan> 1: a", "<plan> NL")) == [
+        (Rule.WRONG_INDEX, 3),
+        (Rule.EMPTY_TEXT, 4),
+    ]
+
+
+def test_a_lone_tag_is_not_an_empty_response():
+    assert rules("</plan> EOS") == [(Rule.STRAY_TAG, 0), (Rule.OPEN_BLOCK, 1)]
+
+
 def test_a_missing_closing_tag_costs_one_violation_where_the_next_part_opens():
     assert rules(TWO_BRANCHES.replace("c </step> NL", "c NL")) == [(Rule.TAG_IN_TEXT, 19)]
     assert rules(TWO_BRANCHES.replace("d e </step> NL", "d e NL")) == [(Rule.TAG_IN_TEXT, 26)]
