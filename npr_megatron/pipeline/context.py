@@ -68,7 +68,7 @@ class RunContext:
         else:
             self.trainer.begin_stage(optimizer, num_steps)
             done = int(self.trainer.load(checkpoints)["step"])
-            self.view.note(f"{stage}: resumed after step {done}")
+            self.view.resume(done)
         self.folder.rewind(stage, done)
         return done
 

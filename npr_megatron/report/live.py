@@ -67,16 +67,19 @@ class LiveView:
             self._live.stop()
             self._live = None
 
-    def begin_stage(self, name: str, num_steps: int, unit: str = "step", *, done: int = 0) -> None:
+    def begin_stage(self, name: str, num_steps: int, unit: str = "step") -> None:
         """Start showing ``name``; ``done`` steps were finished before, by a run that was
         resumed."""
-        self._stage = _StageProgress(name, num_steps, unit, done)
+        self._stage = _StageProgress(name, num_steps, unit)
         self._activity = ""
         self._last_line_s = float("-inf")
-        resumed = f", resumed after {done}" if done else ""
-        self._console.print(
-            Rule(Text(f"{name}  {_count(num_steps, unit)}{resumed}", "bold"), align="left")
-        )
+        self._console.print(Rule(Text(f"{name}  {_count(num_steps, unit)}", "bold"), align="left"))
+
+    def resume(self, done: int) -> None:
+        """Say that ``done`` steps of the stage were finished before; rates leave them out."""
+        stage = self._current()
+        stage.skip(done)
+        self.note(f"{stage.name}: resumed after {_count(done, stage.unit)}")
 
     def activity(self, text: str) -> None:
         """Say what is happening inside the current step; shown in a terminal only."""
@@ -129,9 +132,9 @@ class LiveView:
 class _StageProgress:
     """Counts, times and remembers one stage."""
 
-    def __init__(self, name: str, num_steps: int, unit: str, done: int) -> None:
+    def __init__(self, name: str, num_steps: int, unit: str) -> None:
         self.name, self.num_steps, self.unit = name, num_steps, unit
-        self._first, self._step = done, done
+        self._first, self._step = 0, 0
         self._started_s = time.monotonic()
         self._history: dict[str, deque[float]] = {}
         self._progress = Progress(
@@ -142,9 +145,11 @@ class _StageProgress:
             TextColumn("{task.fields[rate]}"),
             TextColumn("[dim]{task.fields[activity]}"),
         )
-        self._task = self._progress.add_task(
-            name, total=num_steps, completed=done, rate="", activity=""
-        )
+        self._task = self._progress.add_task(name, total=num_steps, rate="", activity="")
+
+    def skip(self, done: int) -> None:
+        self._first = self._step = done
+        self._started_s = time.monotonic()
 
     def advance(self, step: int, values: Mapping[str, float]) -> None:
         self._step = step

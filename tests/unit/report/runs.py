@@ -1,4 +1,4 @@
-"""A run folder as a pipeline leaves it, made from real demonstrations of the sums task."""
+"""A run folder as a pipeline leaves it, with answers to a problem of the sums task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from npr_megatron.config.loader import load_run
-from npr_megatron.data.demonstrations import Kind, demonstration
 from npr_megatron.data.sums_tokenizer import build_sums_tokenizer
 from npr_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from npr_megatron.observability.metrics import MetricsLog
@@ -70,7 +69,13 @@ def trajectory_of(
 
 
 def good(tokenizer: Tokenizer) -> tuple[Trajectory, list[str]]:
-    return trajectory_of(tokenizer, demonstration(Kind.WELL_FORMED, QUESTION, tokenizer, key=1))
+    """A valid, right answer in one block of three branches."""
+    text = (
+        "<guideline>\n<plan>1:a</plan>\n<plan>2:b</plan>\n<plan>3:c</plan>\n</guideline>\n"
+        "<step>\n1:1+2=3+9=12</step>\n<step>\n2:3+5=8+4=12</step>\n<step>\n3:7+7=14+2=16</step>\n"
+        "<takeaway>\n12,12,16</takeaway>\n\\boxed{12,12,16}"
+    )
+    return trajectory_of(tokenizer, [*tokenizer.encode(text), tokenizer.vocabulary.eos])
 
 
 def broken(tokenizer: Tokenizer) -> tuple[Trajectory, list[str]]:

@@ -59,10 +59,11 @@ def test_without_a_terminal_the_view_prints_first_last_and_occasional_lines():
 def test_a_resumed_stage_counts_only_its_own_steps():
     console = plain()
     with LiveView(console) as view:
-        view.begin_stage("sample", 100, unit="accepted", done=60)
+        view.begin_stage("sample", 100, unit="accepted")
+        view.resume(60)
         view.advance(100, {})
         view.end_stage()
-    assert "100 accepted, resumed after 60" in printed(console)
+    assert "sample: resumed after 60 accepted" in printed(console)
     assert "sample: 40 accepted in" in printed(console)
 
 
