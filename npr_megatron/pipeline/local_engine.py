@@ -22,5 +22,6 @@ def open_engine(folder: Path, config: EngineConfig, vocabulary: Vocabulary) -> E
     model = read_architecture(folder)
     engine = Engine(model, config, vocabulary)
     with read_hf(folder, model) as checkpoint:
-        load_tiles(engine_layout(model).ranks[0], checkpoint.read, engine.weights)
+        load_tiles(engine_layout(model).ranks[0], checkpoint.read, engine.staging())
+    engine.commit(1)
     return engine
