@@ -35,7 +35,7 @@ from npr_megatron.engine.sampler import SamplingRows, draw, policy_logprobs
 from npr_megatron.engine.scheduler import Scheduler
 from npr_megatron.engine.scoring import score
 from npr_megatron.engine.segment import Feed
-from npr_megatron.errors import InputError, LayoutError, StaleWeightsError
+from npr_megatron.errors import DivergenceError, InputError, LayoutError, StaleWeightsError
 from npr_megatron.records.randomness import uniforms
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import FinishReason, FloatArray, Trajectory
@@ -179,6 +179,7 @@ class Engine:
 
         Raises:
             StaleWeightsError: no weights were loaded.
+            DivergenceError: the weights give NaN; the engine is of no further use.
         """
         self._require_weights()
         finished = self._aborted + self._scheduler.drop_finished()
@@ -313,6 +314,12 @@ class Engine:
         """
         hidden = self._hidden(batch).index_select(0, batch.logit_index)
         logprobs_MV = policy_logprobs(self._model.logits(hidden))
+        # One NaN logit makes a whole row NaN, so one column tells.
+        if bool(logprobs_MV[:, 0].isnan().any()):
+            raise DivergenceError(
+                f"a step under weight version {self.weight_version} was to give log-probs, but some "
+                "are NaN; check the pushed weights, then open a new engine"
+            )
         num_sampled = len(batch.sampled)
         tokens = _choose(logprobs_MV[:num_sampled], batch.sampled)
         known = [segment.token_ids[index] for segment, index in batch.scored]

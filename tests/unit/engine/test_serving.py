@@ -10,7 +10,7 @@ import torch
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.engine.engine import Engine
-from npr_megatron.errors import InputError, LayoutError, StaleWeightsError
+from npr_megatron.errors import DivergenceError, InputError, LayoutError, StaleWeightsError
 from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
 from tests.engines import TINY, drain, random_weights, request_for, run_one, tiny_engine
 from tests.structures import SMALL
@@ -133,6 +133,16 @@ def test_an_engine_without_weights_refuses_to_decode() -> None:
     engine = Engine(TINY, EngineConfig(num_kv_slots=512), SMALL)
     engine.add(request_for(PROMPT))
     with pytest.raises(StaleWeightsError, match="holds no weights"):
+        engine.step()
+
+
+def test_weights_that_give_nan_are_named_instead_of_sampled_from() -> None:
+    engine = tiny_engine()
+    weights = random_weights(TINY, 0)
+    weights["layers.1.down_proj.weight"][3, 3] = float("nan")
+    engine.load(weights, version=9)
+    engine.add(request_for(PROMPT))
+    with pytest.raises(DivergenceError, match="weight version 9"):
         engine.step()
 
 
