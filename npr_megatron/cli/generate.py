@@ -12,6 +12,7 @@ import typer
 
 from npr_megatron.cli.interrupt import interruptible
 from npr_megatron.cli.options import Json
+from npr_megatron.config.hf_architecture import read_architecture
 from npr_megatron.errors import InputError
 from npr_megatron.records.trajectory import Trajectory
 
@@ -36,7 +37,10 @@ def generate(
         Mode, typer.Option(help="Decode branches at once, or plain text.")
     ] = Mode.PARALLEL,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Budget over all branches.")] = 1024,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Budget over all branches; default: half the model's positions."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Key of the sampling.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -44,21 +48,28 @@ def generate(
 
     Examples:
 
-      npr generate runs/quickstart-seed0/stages/npr/hf "a=1+2+9;b=3+5+4;c=7+7+2?"
+      npr generate runs/quickstart-seed0/stages/npr/hf "a:1+2+9;b:3+5+4;c:7+7+2?"
 
       npr generate MODEL_DIR --file problems.jsonl --temperature 1 --json
     """
     texts = [*(prompts or []), *(read_prompts(file) if file is not None else [])]
     if not texts:
         raise InputError("no prompt was given; add one in quotes, or --file")
+    budget = max_new_tokens or default_budget(model_folder)
     with interruptible("nothing was kept"):
-        results = _answer(model_folder, texts, mode.value, temperature, max_new_tokens, seed)
+        results = _answer(model_folder, texts, mode.value, temperature, budget, seed)
     for trajectory, pieces in results:
         if as_json:
             answer = "".join(pieces[trajectory.prompt_length :])
             print(json.dumps({"text": answer, "trajectory": trajectory.to_json()}))
         else:
             _draw(trajectory, pieces)
+
+
+def default_budget(model_folder: Path) -> int:
+    """Return half of the positions the model knows, the rest being for the prompt; at most
+    8,192."""
+    return min(read_architecture(model_folder).max_position_embeddings // 2, 8192)
 
 
 def read_prompts(path: Path) -> list[str]:
