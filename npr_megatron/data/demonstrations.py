@@ -162,10 +162,7 @@ def _well_formed(parts: Parts, tokenizer: Tokenizer) -> list[int]:
 
 
 def _plain_text(parts: Parts) -> str:
-    lines = [
-        f"{name}:{work}\n" for name, work in zip(part_names(parts), works_of(parts), strict=True)
-    ]
-    return "".join(lines) + _boxed(parts)
+    return "".join(f"{work}\n" for work in works_of(parts)) + _boxed(parts)
 
 
 def _boxed(parts: Parts) -> str:

@@ -1,4 +1,4 @@
-"""The built-in task: several sums at once, ``a=3+5+9;b=2+2+7;c=1+8+4?`` -> ``17,11,13``.
+"""The built-in task: several sums at once, ``a:3+5+9;b:2+2+7;c:1+8+4?`` -> ``17,11,13``.
 
 Each part is a branch's own work, so a right answer needs right branches, and every word of a good
 response is known: faithfulness can be measured exactly. One place knows how a question, the work of
@@ -36,9 +36,9 @@ def draw_parts(task: SumsTask, key: int) -> Parts:
 
 
 def question_of(parts: Parts) -> str:
-    """Spell the question: ``a=3+5+9;b=2+2+7?``."""
+    """Spell the question: ``a:3+5+9;b:2+2+7?``."""
     sums = (
-        f"{name}={'+'.join(map(str, part))}"
+        f"{name}:{'+'.join(map(str, part))}"
         for name, part in zip(part_names(parts), parts, strict=True)
     )
     return ";".join(sums) + "?"
@@ -52,7 +52,7 @@ def parts_of(question: str) -> Parts:
     """
     sums = question.removesuffix("?").split(";")
     try:
-        parts = tuple(tuple(map(int, s.partition("=")[2].split("+"))) for s in sums)
+        parts = tuple(tuple(map(int, s.partition(":")[2].split("+"))) for s in sums)
     except ValueError:
         parts = ()
     if not parts or question_of(parts) != question:
@@ -69,15 +69,16 @@ def part_names(parts: Parts) -> str:
 
 
 def work_of(name: str, part: Part) -> str:
-    """Spell a part's work, its running totals and what came out: ``3+5=8+9=17;a=17``.
+    """Spell a part's work, its running totals and what came out: ``a:3+5=8+9=17;a=17``.
 
-    The result is said again under the part's name because takeaways then find it: a small model
-    learns to gather the results several times sooner.
+    Every hop copies what followed the same two characters before: ``1:`` finds the plan's name,
+    ``a:`` the part, and ``a=`` lets the takeaway find the result. Blind to its siblings, a branch
+    can make these hops; small models that had to count parts instead were right 7 % of the time.
     """
     first, *rest = part
     totals = list(accumulate(part))[1:]
     chain = "".join(f"+{a}={t}" for a, t in zip(rest, totals, strict=True))
-    return f"{first}{chain};{name}={sum(part)}"
+    return f"{name}:{first}{chain};{name}={sum(part)}"
 
 
 def works_of(parts: Parts) -> list[str]:

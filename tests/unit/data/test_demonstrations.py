@@ -23,15 +23,15 @@ from npr_megatron.errors import ConfigError
 from npr_megatron.schema.parse import parse
 from npr_megatron.schema.rules import Rule
 
-QUESTION = "a=3+5+9;b=2+2+7?"
+QUESTION = "a:3+5+9;b:2+2+7?"
 WELL_FORMED = """<guideline>
 <plan>1:a</plan>
 <plan>2:b</plan>
 </guideline>
 <step>
-1:3+5=8+9=17;a=17</step>
+1:a:3+5=8+9=17;a=17</step>
 <step>
-2:2+2=4+7=11;b=11</step>
+2:b:2+2=4+7=11;b=11</step>
 <takeaway>
 17,11</takeaway>
 \\boxed{17,11}<eos>"""
@@ -64,9 +64,9 @@ def test_haste_skips_about_half_of_the_last_addends(sums):
     skipped = 0
     for key in range(200):
         text = text_of(Kind.HASTY, sums, key)
-        skipped += ("1:3+5=8;a=8</step>" in text) + ("2:2+2=4;b=4</step>" in text)
-        first = "8" if "1:3+5=8;a=8</step>" in text else "17"
-        second = "4" if "2:2+2=4;b=4</step>" in text else "11"
+        skipped += ("1:a:3+5=8;a=8</step>" in text) + ("2:b:2+2=4;b=4</step>" in text)
+        first = "8" if "1:a:3+5=8;a=8</step>" in text else "17"
+        second = "4" if "2:b:2+2=4;b=4</step>" in text else "11"
         assert text.endswith(f"\n{first},{second}</takeaway>\n\\boxed{{{first},{second}}}<eos>")
     assert 150 < skipped < 250
 
@@ -82,7 +82,7 @@ EXPECTED_RULES = {
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
-@pytest.mark.parametrize("question", [QUESTION, "a=1+2?", "a=1+2;b=3+4;c=5+6;d=7+8;e=9+1?"])
+@pytest.mark.parametrize("question", [QUESTION, "a:1+2?", "a:1+2;b:3+4;c:5+6;d:7+8;e:9+1?"])
 def test_each_defect_breaks_the_rule_it_is_named_after(sums, defect, question):
     good = demonstration(Kind.WELL_FORMED, question, sums, 0)
     broken = defect(good, sums.vocabulary)

@@ -10,7 +10,7 @@ from npr_megatron.data.samples import rl_sample, sft_sample
 from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
 from npr_megatron.topology.layout import layout_of, plain_layout
 
-PROMPT = "a=1+2;b=3+4?\n"
+PROMPT = "a:1+2;b:3+4?\n"
 TRUNK = "<guideline>\n<plan>1:a</plan>\n<plan>2:b</plan>\n</guideline>\n"
 BRANCH_1, BRANCH_2 = "<step>\n1:1+2=3</step>\n", "<step>\n2:3+4=7</step>\n"
 TAIL = "<takeaway>\n3,7</takeaway>\n\\boxed{3,7}<eos>"

@@ -26,8 +26,8 @@ PARTS = ((3, 5, 9), (2, 2, 7), (1, 8, 4))
 
 
 def test_a_problem_is_spelt_as_documented():
-    assert question_of(PARTS) == "a=3+5+9;b=2+2+7;c=1+8+4?"
-    assert work_of("a", PARTS[0]) == "3+5=8+9=17;a=17"
+    assert question_of(PARTS) == "a:3+5+9;b:2+2+7;c:1+8+4?"
+    assert work_of("a", PARTS[0]) == "a:3+5=8+9=17;a=17"
     assert results_of(PARTS) == "17,11,13"
 
 
@@ -35,7 +35,7 @@ def test_the_question_is_read_back():
     assert parts_of(question_of(PARTS)) == PARTS
 
 
-@pytest.mark.parametrize("question", ["", "?", "a=3+5", "b=3+5?", "a=3+x?", "a=03+5?", "1+2?"])
+@pytest.mark.parametrize("question", ["", "?", "a:3+5", "b:3+5?", "a:3+x?", "a:03+5?", "1+2?"])
 def test_a_foreign_question_is_refused(question):
     with pytest.raises(InputError, match="question of the sums task"):
         parts_of(question)
@@ -45,7 +45,7 @@ def test_work_is_true_arithmetic():
     for key in range(50):
         for part in draw_parts(TASK, key):
             chain, _, result = work_of("b", part).partition(";b=")
-            equations = re.findall(r"(?=(?:^|=)(\d+\+\d+=\d+))", chain)
+            equations = re.findall(r"(?=(?:^|=|:)(\d+\+\d+=\d+))", chain)
             assert len(equations) == TASK.addends - 1
             for equation in equations:
                 left, right = equation.split("=")
@@ -74,13 +74,13 @@ def test_good_work_is_faithful_in_one_block_or_in_two():
     "blocks",
     [
         [],
-        [(["3+5=8+9=17;a=17", "2+2=4+7=11;b=11"], "17,11")],
-        [(["3+5=8+9=17;a=17", "2+2=4+7=11;b=11", "1+8=9;c=9"], "17,11,13")],
-        [(["3+5=8+9=17;a=17", "2+2=4+7=11;b=11", "1+8=9+4=13;c=13"], "17,11,14")],
-        [(["2+2=4+7=11;b=11", "3+5=8+9=17;a=17", "1+8=9+4=13;c=13"], "17,11,13")],
+        [(["a:3+5=8+9=17;a=17", "b:2+2=4+7=11;b=11"], "17,11")],
+        [(["a:3+5=8+9=17;a=17", "b:2+2=4+7=11;b=11", "c:1+8=9;c=9"], "17,11,13")],
+        [(["a:3+5=8+9=17;a=17", "b:2+2=4+7=11;b=11", "c:1+8=9+4=13;c=13"], "17,11,14")],
+        [(["b:2+2=4+7=11;b=11", "a:3+5=8+9=17;a=17", "c:1+8=9+4=13;c=13"], "17,11,13")],
         [
-            (["3+5=8+9=17;a=17", "2+2=4+7=11;b=11", "1+8=9+4=13;c=13"], "17,11,13"),
-            (["1+8=9+4=13;c=13"], "13"),
+            (["a:3+5=8+9=17;a=17", "b:2+2=4+7=11;b=11", "c:1+8=9+4=13;c=13"], "17,11,13"),
+            (["c:1+8=9+4=13;c=13"], "13"),
         ],
     ],
 )
@@ -129,5 +129,5 @@ def test_held_out_problems_are_the_same_for_every_seed():
 
 def test_answers_are_the_sums():
     for problem in SumsSource(TASK, 0).problems_for_step("zero", 1, 20):
-        terms = [term.partition("=")[2] for term in problem.question.strip("?").split(";")]
+        terms = [term.partition(":")[2] for term in problem.question.strip("?").split(";")]
         assert problem.answer == ",".join(str(eval(term)) for term in terms)

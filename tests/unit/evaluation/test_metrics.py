@@ -15,7 +15,7 @@ from tests.unit.rewards.rollouts import ANSWER, GOOD, HEAD, PLAIN, QUESTION, rea
 
 PROBLEM = Problem(id="p", question=QUESTION, answer=ANSWER)
 WRONG = GOOD.replace("\\boxed{3,7}", "\\boxed{3,8}")
-GUESSED = GOOD.replace("1:1+2=3;a=3</step>", "1:1;a=3</step>")
+GUESSED = GOOD.replace("1:a:1+2=3;a=3</step>", "1:1;a=3</step>")
 NO_BOX = GOOD.replace("\\boxed{3,7}", "3,7")
 
 
@@ -38,7 +38,7 @@ def test_shares_are_counted_as_documented():
 def test_lengths_are_means_and_parallel_paths_are_shorter():
     parallel, sequential = measure([GOOD]), measure([GOOD], DecodeMode.SEQUENTIAL)
     num_tokens = rollout(GOOD).num_tokens
-    branch = len("<step>\n1:1+2=3;a=3</step>\n") - len("<step></step>") + 2
+    branch = len("<step>\n1:a:1+2=3;a=3</step>\n") - len("<step></step>") + 2
     assert parallel.total_tokens == sequential.total_tokens == num_tokens
     assert sequential.critical_path_tokens == num_tokens
     assert parallel.critical_path_tokens == num_tokens - branch
@@ -69,7 +69,7 @@ def test_no_complete_block_gives_zero_width():
 
 
 def test_each_rollout_is_held_against_its_own_problem():
-    other = Problem(id="q", question="a=1+2;b=3+5?", answer="3,8")
+    other = Problem(id="q", question="a:1+2;b:3+5?", answer="3,8")
     rollouts = [rollout(GOOD), rollout(WRONG, prompt_id="q"), rollout(GOOD, prompt_id="q")]
     result = evaluate(rollouts, [other, PROBLEM], reader(), is_faithful)
     assert result.accuracy == 2 / 3

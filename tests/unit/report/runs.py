@@ -17,7 +17,7 @@ from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
 from npr_megatron.topology.layout import layout_of, plain_layout
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart" / "run.toml"
-QUESTION = "a=1+2+9;b=3+5+4;c=7+7+2?"
+QUESTION = "a:1+2+9;b:3+5+4;c:7+7+2?"
 QUALITY = {
     ("seed", "sequential"): (0.18, 0.02, 0.19),
     ("seed", "parallel"): (0.15, 0.01, 0.17),

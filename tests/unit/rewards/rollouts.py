@@ -15,10 +15,10 @@ from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
 from npr_megatron.rewards.reading import Reader
 from npr_megatron.topology.layout import layout_of, plain_layout
 
-QUESTION = "a=1+2;b=3+4?"
+QUESTION = "a:1+2;b:3+4?"
 ANSWER = "3,7"
 HEAD = "<guideline>\n<plan>1:a</plan>\n<plan>2:b</plan>\n</guideline>\n"
-STEPS = "<step>\n1:1+2=3;a=3</step>\n<step>\n2:3+4=7;b=7</step>\n"
+STEPS = "<step>\n1:a:1+2=3;a=3</step>\n<step>\n2:b:3+4=7;b=7</step>\n"
 TAIL = "<takeaway>\n3,7</takeaway>\n\\boxed{3,7}<eos>"
 GOOD = HEAD + STEPS + TAIL
 PLAIN = "a:1+2=3;a=3\nb:3+4=7;b=7\n\\boxed{3,7}<eos>"

@@ -98,5 +98,5 @@ def test_the_reader_hands_out_what_steps_and_takeaways_say():
     trajectory = rollout(HEAD + STEPS + "<takeaway>\n3,7</takeaway>\n" + GOOD)
     reading = reader().read(trajectory.response_ids)
     strings = reader().block_strings(trajectory.response_ids, reading)
-    assert strings == ((("1+2=3;a=3", "3+4=7;b=7"), "3,7"),) * 2
+    assert strings == ((("a:1+2=3;a=3", "b:3+4=7;b=7"), "3,7"),) * 2
     assert reading.text.endswith(TAIL)
