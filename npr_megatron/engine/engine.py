@@ -317,7 +317,7 @@ class Engine:
         # One NaN logit makes a whole row NaN, so one column tells.
         if bool(logprobs_MV[:, 0].isnan().any()):
             raise DivergenceError(
-                f"a step under weight version {self.weight_version} was to give log-probs, but some "
+                f"a step under weight version {self.weight_version} gave log-probs of which some "
                 "are NaN; check the pushed weights, then open a new engine"
             )
         num_sampled = len(batch.sampled)
