@@ -162,6 +162,16 @@ def test_conclusion_of_a_broken_response_is_what_follows_its_last_block():
     assert [v.rule for v in result.violations] == [Rule.WRONG_INDEX, Rule.STRAY_TAG, Rule.NO_END]
     assert result.conclusion == Span(31, 34)
     assert parse(ids("<guideline> NL EOS"), SMALL).conclusion is None
+    reopened = TWO_BRANCHES.replace("g h EOS", "<guideline> NL EOS")
+    assert parse(ids(reopened), SMALL).conclusion is None
+
+
+def test_a_closing_tag_that_closes_nothing_adds_neither_text_nor_block():
+    result = parse(ids(TWO_BRANCHES.replace("b </plan> NL", "b </plan> NL </plan> NL")), SMALL)
+    assert [v.rule for v in result.violations] == [Rule.MISPLACED_TAG]
+    assert result.blocks[0].plans == (Span(4, 5), Span(9, 10))
+    without_takeaway = TWO_BRANCHES.replace("<takeaway> NL f </takeaway>", "</takeaway>")
+    assert parse(ids(without_takeaway), SMALL).blocks == ()
 
 
 def test_message_names_the_token_and_says_what_is_wrong():

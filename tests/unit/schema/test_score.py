@@ -56,6 +56,7 @@ def test_score_is_zero_exactly_for_documents_with_a_box_and_never_below_the_floo
         ("<plan> 1: a", "<plan> 1:", -0.4),
         ("<plan> 1: a", "<plan> 1: </step> a", -0.4),
         ("c </step>", "c </plan> </step>", -0.4),
+        ("b </plan> NL", "b </plan> NL </plan> NL", -0.4),
         ("<takeaway> NL f", "<takeaway> NL", -0.4),
         ("<plan> 1: a", "a b <plan> 1: a", -0.6),
         ("</step> NL <step>", "</step> NL a b <step>", -0.2),
@@ -84,6 +85,12 @@ def test_a_block_left_open_behind_a_complete_one_costs_less_than_no_block():
 def test_tags_between_blocks_cost_more_than_behind_the_last():
     assert score(FIRST + "<plan> " + TWO_BRANCHES) == -1.5
     assert score(FIRST + "a " + TWO_BRANCHES) == pytest.approx(-0.2)
+
+
+def test_a_misplaced_tag_is_loose_where_it_keeps_its_block_from_being_complete():
+    without_takeaway = FIRST.replace("<takeaway> NL f </takeaway>", "</takeaway>")
+    assert score(FIRST + without_takeaway + "g EOS") == -1.0
+    assert score(without_takeaway + TWO_BRANCHES) == -1.5
 
 
 def test_small_faults_add_up_and_residue_counts_once_per_block():
