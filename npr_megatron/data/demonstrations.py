@@ -35,6 +35,13 @@ from npr_megatron.topology.layout import plain_layout
 
 HASTY_FRAC = 0.5
 """Share of the parts whose last addend a hasty demonstration skips."""
+MIXED_FRAC = 0.5
+"""Share of the short demonstrations that take the parts in another order than the question.
+
+Order is then no clue to the part a step works on; only its plan is. A branch has no other clue: it
+neither sees nor follows its siblings. Without this a seed model counts steps, and BETA on it stayed
+at 0 right answers for 140 steps, then jumped to 95 %; with it BETA improves steadily.
+"""
 
 
 class Kind(StrEnum):
@@ -46,7 +53,7 @@ class Kind(StrEnum):
     HASTY = "hasty"  # well-formed, work skipped
     HASTY_SEQUENTIAL = "hasty_sequential"
     HASTY_BROKEN = "hasty_broken"
-    SHORT = "short"  # well-formed, for a smaller problem cut out of the one given
+    SHORT = "short"  # well-formed, for a smaller problem; every second one in mixed order
     SHORT_SEQUENTIAL = "short_sequential"
 
 
@@ -144,25 +151,33 @@ def demonstration(kind: Kind, question: str, tokenizer: Tokenizer, key: int) -> 
     parts = parts_of(question)
     vocabulary = tokenizer.vocabulary
     worked = _skip_work(parts, key) if kind in _HASTY else parts
+    order = _mixed_order(len(parts), key) if kind in _SHORT else range(len(parts))
     if kind in _SEQUENTIAL:
-        return [*tokenizer.encode(_plain_text(worked)), vocabulary.eos]
-    ids = _well_formed(worked, tokenizer)
+        return [*tokenizer.encode(_plain_text(worked, order)), vocabulary.eos]
+    ids = _well_formed(worked, order, tokenizer)
     if kind in _BROKEN:
         choice = int(draws(derive_seed("defect", key), 1)[0] * len(DEFECTS))
         ids = DEFECTS[choice](ids, vocabulary)
     return ids
 
 
-def _well_formed(parts: Parts, tokenizer: Tokenizer) -> list[int]:
-    plans = [tokenizer.encode(name) for name in part_names(parts)]
-    steps = [tokenizer.encode(work) for work in works_of(parts)]
+def _well_formed(parts: Parts, order: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    names, works = part_names(parts), works_of(parts)
+    plans = [tokenizer.encode(names[index]) for index in order]
+    steps = [tokenizer.encode(works[index]) for index in order]
     takeaway = tokenizer.encode(results_of(parts))
     conclusion = tokenizer.encode(_boxed(parts))
     return render([(plans, steps, takeaway)], conclusion, tokenizer.vocabulary)
 
 
-def _plain_text(parts: Parts) -> str:
-    return "".join(f"{work}\n" for work in works_of(parts)) + _boxed(parts)
+def _plain_text(parts: Parts, order: Sequence[int]) -> str:
+    works = works_of(parts)
+    return "".join(f"{works[index]}\n" for index in order) + _boxed(parts)
+
+
+def _mixed_order(count: int, key: int) -> Sequence[int]:
+    is_mixed, *ranks = draws(derive_seed("order", key), 1 + count)
+    return np.argsort(ranks).tolist() if is_mixed < MIXED_FRAC else range(count)
 
 
 def _boxed(parts: Parts) -> str:

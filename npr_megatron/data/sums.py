@@ -98,20 +98,21 @@ def is_faithful(question: str, blocks: Sequence[tuple[Sequence[str], str]]) -> b
         blocks: texts of the steps and of the takeaway, block by block, headers excluded.
 
     Returns:
-        True iff the steps, over all blocks in order, are the work of all parts in order, and each
-        takeaway lists the results of its block.
+        True iff the steps, over all blocks, are the work of each part once, in any order, and each
+        takeaway lists the results of its block's parts in the order of the question.
     """
     parts = parts_of(question)
     works = works_of(parts)
-    done = 0
+    done: list[str] = []
     for steps, takeaway in blocks:
-        own = slice(done, done + len(steps))
-        if [step.strip() for step in steps] != works[own]:
+        own = [step.strip() for step in steps]
+        results = results_of(
+            tuple(part for part, work in zip(parts, works, strict=True) if work in own)
+        )
+        if takeaway.strip() != results:
             return False
-        if takeaway.strip() != results_of(parts[own]):
-            return False
-        done += len(steps)
-    return done == len(parts)
+        done += own
+    return sorted(done) == sorted(works)
 
 
 def is_held_out(question: str) -> bool:

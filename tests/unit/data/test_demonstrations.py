@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -172,3 +173,16 @@ def test_equal_seeds_give_equal_samples_and_others_do_not(sums):
 
     assert ids(0) == ids(0)
     assert ids(0) != ids(1)
+
+
+def test_every_second_short_demonstration_mixes_the_order_and_stays_right(sums):
+    question = "a:3+5+9;b:2+2+7;c:1+8+4;d:6+6+6?"
+    texts = [sums.decode(demonstration(Kind.SHORT, question, sums, key)) for key in range(200)]
+    ordered = sum("<plan>1:a</plan>\n<plan>2:b</plan>\n<plan>3:c</plan>" in text for text in texts)
+    assert 80 < ordered < 130
+    assert all("17,11,13,18</takeaway>" in text for text in texts)
+    assert all(
+        f"{number}:{name}</plan>" in text
+        for text in texts
+        for number, name in re.findall(r"<step>\n(\d):([a-d]):", text)
+    )

@@ -68,6 +68,7 @@ def test_good_work_is_faithful_in_one_block_or_in_two():
     question, works = question_of(PARTS), works_of(PARTS)
     assert is_faithful(question, [(works, "17,11,13")])
     assert is_faithful(question, [(works[:2], "17,11"), (works[2:], "13")])
+    assert is_faithful(question, [([works[2], works[0], works[1]], "17,11,13")])
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,8 @@ def test_good_work_is_faithful_in_one_block_or_in_two():
         [(["a:3+5=8+9=17;a=17", "b:2+2=4+7=11;b=11"], "17,11")],
         [(["a:3+5=8+9=17;a=17", "b:2+2=4+7=11;b=11", "c:1+8=9;c=9"], "17,11,13")],
         [(["a:3+5=8+9=17;a=17", "b:2+2=4+7=11;b=11", "c:1+8=9+4=13;c=13"], "17,11,14")],
-        [(["b:2+2=4+7=11;b=11", "a:3+5=8+9=17;a=17", "c:1+8=9+4=13;c=13"], "17,11,13")],
+        [(["b:2+2=4+7=11;b=11", "a:3+5=8+9=17;a=17", "c:1+8=9+4=13;c=13"], "11,17,13")],
+        [(["b:2+2=4+7=11;b=11", "b:2+2=4+7=11;b=11", "c:1+8=9+4=13;c=13"], "11,13")],
         [
             (["a:3+5=8+9=17;a=17", "b:2+2=4+7=11;b=11", "c:1+8=9+4=13;c=13"], "17,11,13"),
             (["c:1+8=9+4=13;c=13"], "13"),
