@@ -51,8 +51,7 @@ class Block:
 
     @property
     def branches(self) -> tuple[Span, ...]:
-        """Whole extent of each branch, ``<step>`` to the newline behind ``</step>``; documents
-        only."""
+        """``<step>`` to the newline behind ``</step>``, of each branch; holds in documents only."""
         borders = [self.guideline.stop + 1, *(step.stop + 2 for step in self.steps)]
         return tuple(Span(*pair) for pair in pairwise(borders))
 

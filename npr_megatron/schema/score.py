@@ -1,10 +1,9 @@
-"""The format score of Stage 1: 0.0 for a valid response, otherwise how badly it is broken, down to
--2.0.
+"""The format score of Stage 1: 0.0 for a valid response, down to -2.0 for a broken one.
 
 Grave faults decide the score on their own, the worst one counts; without one, small faults add up.
-The amounts are those of the released scorer in its strict variant (arXiv 2512.07461, section 3.1
-and ``npr-zero``'s reward), carried over from its text rules to our token rules; what it does not
-check (numbering, newlines, the end token) is priced like its nearest neighbour.
+The amounts are those of the scorer released with NPR (arXiv 2512.07461), carried over from its rules
+on text to our rules on tokens; what it does not check (numbering, newlines, the end token) is priced
+like its nearest neighbour, and the floor is the one the paper states.
 
 =========================================================  =============================
 grave                                                      score
@@ -87,12 +86,11 @@ def format_score(
     grave = min(_grave_scores(result, conclusion_text), default=0.0)
     if grave < 0.0:
         return grave
-    return max(FLOOR, -sum(_deductions(result, limits or FormatLimits())))
+    return max(FLOOR, 0.0 - sum(_deductions(result, limits or FormatLimits())))
 
 
 def boxed_contents(text: str) -> tuple[str, ...]:
-    r"""Return what stands in each ``\boxed{...}``, braces matched; a box never closed counts as
-    empty."""
+    r"""Return what stands in each ``\boxed{...}``, braces matched; an unclosed box is empty."""
     opener = "\\boxed{"
     contents: list[str] = []
     start = text.find(opener)
@@ -120,8 +118,7 @@ def _grave_scores(result: ParseResult, conclusion_text: str) -> Iterator[float]:
 
 
 def _is_loose_tag(violation: Violation, result: ParseResult) -> bool:
-    """Whether a tag belongs to no complete block; <guideline> inside a block makes that block
-    loose."""
+    """Whether a tag belongs to no complete block; a nested <guideline> cuts off the outer one."""
     if violation.rule is Rule.MISPLACED_TAG:
         extents = (block.extent for block in result.blocks)
         return not any(start <= violation.position < stop for start, stop in extents)
