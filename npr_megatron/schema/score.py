@@ -1,9 +1,9 @@
 """The format score of Stage 1: 0.0 for a valid response, down to -2.0 for a broken one.
 
 Grave faults decide the score on their own, the worst one counts; without one, small faults add up.
-The amounts are those of the scorer released with NPR (arXiv 2512.07461), carried over from its rules
-on text to our rules on tokens; what it does not check (numbering, newlines, the end token) is priced
-like its nearest neighbour, and the floor is the one the paper states.
+The amounts are those of the scorer released with NPR (arXiv 2512.07461), carried over from rules on
+text to rules on tokens; what it does not check (numbering, newlines, the end token) is priced like
+its nearest neighbour, and the floor is the one the paper states.
 
 =========================================================  =============================
 grave                                                      score
