@@ -13,9 +13,9 @@ Layers, each importing only what stands below it (enforced by import-linter)::
     config     | records                  run description; values that cross processes
     errors
 
-Shape letters used in names: B rows, S padded row length, T tokens of one trajectory, H hidden, N query
-heads, K key-value heads, D head dim, V vocabulary, P prompts, G rollouts per prompt, J branches per fork,
-W ranks.
+Shape letters used in names: B rows, S padded row length, T tokens of one trajectory, H hidden,
+N query heads, K key-value heads, D head dim, V vocabulary, P prompts, G rollouts per prompt,
+J branches per fork, M microbatches, W ranks.
 """
 
 __version__ = "0.1.0"

@@ -1,16 +1,16 @@
 """Every error this package raises on purpose.
 
     NprError
-    ├── ConfigError (ValueError)        the description of a run is wrong; lists every problem
-    ├── InputError (ValueError)         a file, tokenizer, prompt or token stream is not what was asked for
-    ├── EnvironmentFault (RuntimeError) the machine cannot do it: port taken, shared memory full, no worker left
-    ├── LayoutError (ValueError)        weights or branches cannot be laid out as asked
-    ├── StaleWeightsError (RuntimeError) a version, digest or plan does not match; nothing was served
-    └── DivergenceError (RuntimeError)  numbers went wrong: NaN, log-prob gap above its limit
+    ├── ConfigError (ValueError)         the description of a run is wrong; lists every problem
+    ├── InputError (ValueError)          a file, tokenizer or token stream is not what was asked for
+    ├── EnvironmentFault (RuntimeError)  the machine cannot do it: port taken, shared memory full
+    ├── LayoutError (ValueError)         weights or branches cannot be laid out as asked
+    ├── StaleWeightsError (RuntimeError) a version, digest or plan differs; nothing was served
+    └── DivergenceError (RuntimeError)   numbers went wrong: NaN, log-prob gap above its limit
 
 A message has three parts: what was asked, expected against found, what to do. Errors cross process
-borders, so each takes plain strings and stays picklable. The command line prints the message without a
-stack trace and exits with 2.
+borders, so each takes plain strings and stays picklable. The command line prints the message, no
+stack trace, and exits with 2.
 """
 
 from __future__ import annotations

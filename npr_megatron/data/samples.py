@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from npr_megatron.records.sample import TrainingSample
-from npr_megatron.records.trajectory import BoolArray, Trajectory
+from npr_megatron.records.trajectory import BoolArray, IntArray, Trajectory
 from npr_megatron.topology.layout import BranchLayout, predecessors
 
 
 def sft_sample(
-    token_ids: Sequence[int], prompt_length: int, layout: BranchLayout
+    token_ids: Sequence[int] | IntArray, prompt_length: int, layout: BranchLayout
 ) -> TrainingSample:
     """Return a sample that learns every response token something predicts, forced ones included.
 

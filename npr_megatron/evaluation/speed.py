@@ -1,7 +1,8 @@
-"""How much faster native branch-parallel decoding is than sequential decoding of the same checkpoint.
+"""How much faster native branch-parallel decoding is than sequential decoding of the same model.
 
-Batch 1, one engine in this process, same prompts, same sampling: tokens per second both ways and their ratio.
-Times on a shared machine are noisy; the two modes alternate problem by problem, so the ratio holds.
+Batch 1, one engine in this process, same prompts, same sampling: tokens per second both ways and
+their ratio. Times on a shared machine are noisy; the modes alternate problem by problem, so the
+ratio holds.
 """
 
 from __future__ import annotations

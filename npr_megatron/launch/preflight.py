@@ -77,8 +77,8 @@ def _memory(run: RunConfig, model: ModelConfig, facts: Facts) -> list[str]:
         if wanted > free:
             problems.append(
                 f"{here[0][0].path} needs {wanted / _MIB:.1f} MiB for "
-                f"{' and '.join(purpose for _, _, purpose in here)}, {free / _MIB:.1f} MiB are free; "
-                "remove old files there, enlarge it (mount -o remount,size=...), or set "
+                f"{' and '.join(purpose for _, _, purpose in here)}, {free / _MIB:.1f} MiB are "
+                "free; remove old files there, enlarge it (mount -o remount,size=...), or set "
                 "cluster.arena_dir to a larger memory-backed folder"
             )
     return problems

@@ -6,10 +6,12 @@ import dataclasses
 from pathlib import Path
 
 from npr_megatron.config.stages import StageName
+from npr_megatron.data.problems import Problem
 from npr_megatron.data.sources import ProblemSource
 from npr_megatron.evaluation.metrics import Evaluation, evaluate
 from npr_megatron.evaluation.speed import Speed, measure_speed
 from npr_megatron.pipeline.context import RunContext
+from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import DecodeMode
 from npr_megatron.rewards.combine import score_npr
 
@@ -67,13 +69,13 @@ def _speed(context: RunContext, problems: ProblemSource, stage: StageName, model
     from npr_megatron.pipeline.local_engine import open_engine
 
     engine = open_engine(model, context.config.engine, context.tokenizer.vocabulary)
+
+    def request(problem: Problem, mode: DecodeMode) -> GenerationRequest:
+        prompt_ids = context.prompts.prompt_ids(problem)
+        return context.request(f"speed/{stage}", problem.id, prompt_ids, 0, mode)
+
     pairs = [
-        tuple(
-            context.request(
-                f"speed/{stage}", problem.id, context.prompts.prompt_ids(problem), 0, mode
-            )
-            for mode in (DecodeMode.PARALLEL, DecodeMode.SEQUENTIAL)
-        )
+        (request(problem, DecodeMode.PARALLEL), request(problem, DecodeMode.SEQUENTIAL))
         for problem in problems.held_out(context.config.evaluation.speed_problems)
     ]
     return measure_speed(engine, pairs)

@@ -30,6 +30,7 @@ from npr_megatron.data.sources import ProblemSource
 from npr_megatron.pipeline.context import RunContext
 from npr_megatron.records.trajectory import DecodeMode, Trajectory
 from npr_megatron.rewards.combine import Score
+from npr_megatron.train.advantages import FloatVector
 from npr_megatron.train.step import StepBatch, StepResult
 
 SAMPLES_SHOWN_EVERY = 10
@@ -44,7 +45,7 @@ class RlRecipe:
     mode: DecodeMode
     loss: LossConfig
     score: Callable[[Trajectory, Problem], Score]
-    advantages: Callable[[Sequence[npt.ArrayLike]], Sequence[npt.NDArray[np.float64] | None]]
+    advantages: Callable[[Sequence[npt.ArrayLike]], Sequence[FloatVector | None]]
     """Kept rewards of each prompt group to their advantages; None for a group without a signal."""
 
 

@@ -58,10 +58,12 @@ def run_pipeline(
         build_sums_tokenizer(tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder, max_plans=config.engine.max_plans)
     _require_rows(model, tokenizer)
-    wanted = STAGES[: STAGES.index(until) + 1] if until else STAGES
-    if config.seed_stage is None:
-        wanted = tuple(stage for stage in wanted if stage != "seed")
-    open_stages = [stage for stage in wanted if stage not in folder.finished()]
+    last = STAGES.index(until or STAGES[-1])
+    open_stages: list[StageName] = [
+        stage
+        for stage in STAGES[: last + 1]
+        if stage not in folder.finished() and (stage != "seed" or config.seed_stage is not None)
+    ]
     if open_stages:
         with _at_work(config, model, folder, tokenizer, tokenizer_folder, view) as context:
             for stage in open_stages:
@@ -159,6 +161,6 @@ def _report(folder: RunFolder, view: LiveView) -> None:
     if evaluations:
         view.show(stage_table(evaluations))
     view.note(f"report: {write_page(folder.path)}")
-    exported = [stage for stage in folder.finished() if folder.hf(stage).exists()]
+    exported = [folder.hf(stage) for stage in folder.finished() if folder.hf(stage).exists()]
     if exported:
-        view.note(f"try it: npr generate {folder.hf(exported[-1])}")
+        view.note(f"try it: npr generate {exported[-1]}")

@@ -67,7 +67,7 @@ def epoch_indices(num_samples: int, count: int, step: int, seed: int) -> list[in
     first = (step - 1) * count
     chosen: list[int] = []
     for epoch in range(first // num_samples, (first + count - 1) // num_samples + 1):
-        key = np.uint64(derive_seed("epoch", seed, epoch))
+        key = np.full(num_samples, derive_seed("epoch", seed, epoch), dtype=np.uint64)
         order = np.argsort(uniforms(key, np.arange(num_samples, dtype=np.uint64)), kind="stable")
         start, stop = first - epoch * num_samples, first + count - epoch * num_samples
         chosen += order[max(start, 0) : min(stop, num_samples)].tolist()

@@ -1,7 +1,8 @@
 """All randomness derives from names, so neither scheduling nor a restart changes a sample.
 
-``derive_seed("zero", step, prompt_id, rollout, run_seed)`` keys one request; ``branch_key`` splits it per branch and
-``uniforms`` gives the i-th number of each stream. Counter based (splitmix64), vectorised, no state.
+``derive_seed(run_seed, "zero/7", prompt_id, rollout)`` keys one request, ``branch_key`` splits it
+per branch, ``uniforms`` gives the i-th number of each stream. Counter based (splitmix64),
+vectorised, no state.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ class GenerationRequest:
 
     Example::
 
-        GenerationRequest(prompt_id="train/7", rollout=3, prompt_ids=(5, 6), mode=DecodeMode.PARALLEL,
-                          max_new_tokens=256, max_critical_path=160, seed=0x1234)
+        GenerationRequest(prompt_id="train/7", rollout=3, prompt_ids=(5, 6), seed=0x1234,
+                          mode=DecodeMode.PARALLEL, max_new_tokens=256, max_critical_path=160)
     """
 
     prompt_id: str
@@ -30,7 +30,7 @@ class GenerationRequest:
     temperature: float = 1.0
     """0.0 decodes greedily."""
     top_p: float = 1.0
-    """Nucleus mass; 1.0 samples the whole distribution. Log-probs are always of the full distribution."""
+    """Nucleus mass; 1.0 samples the whole distribution, of which log-probs always are."""
 
     @property
     def request_id(self) -> str:

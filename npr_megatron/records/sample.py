@@ -13,9 +13,9 @@ from npr_megatron.records.trajectory import BoolArray, FloatArray, IntArray
 class TrainingSample:
     """One trajectory with its place in the tree and its share in the loss.
 
-    ``predecessor[t]`` is the index of the token whose logits predict token ``t`` (labels follow the tree, not
-    the flattened text); -1 where nothing predicts it: the first prompt token, the header of branches 2.., and
-    the first token after a join. No index occurs twice.
+    ``predecessor[t]`` is the index of the token whose logits predict token ``t`` (labels follow the
+    tree, not the flattened text); -1 where nothing predicts it: the first prompt token, the first
+    token of branches 2.., and the first token after a join. No index occurs twice.
     """
 
     token_ids: IntArray
@@ -38,11 +38,11 @@ class TrainingSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedBatch:
-    """One microbatch: B rows of S tokens, each row holding whole samples one after another, then padding.
+    """One microbatch: B rows of S tokens; a row holds whole samples one after another, then pads.
 
-    Streams are [B, S]. ``segment`` tells samples of a row apart (0, 1, ...; -1 is padding); a token sees only its
-    own segment. ``labels[b, s]`` is the id predicted *by the logits at* s, -1 where nothing is learnt.
-    The three last streams are aligned with the logit that predicts, like ``labels``.
+    Streams are [B, S]. ``segment`` tells samples of a row apart (0, 1, ...; -1 is padding); a token
+    sees only its own segment. ``labels[b, s]`` is the id predicted *by the logits at* s, -1 where
+    nothing is learnt. The last three streams are aligned with the logit that predicts.
     """
 
     token_ids: IntArray

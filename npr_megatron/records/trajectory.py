@@ -1,8 +1,8 @@
 """One rollout, token by token: what the engine did and what the trainer needs. Ids, never text.
 
-All streams are aligned: entry ``t`` of each belongs to token ``t`` of ``token_ids`` (prompt first, then the
-response linearised as trunk, branch 1, branch 2, ..., trunk). Nothing downstream re-tokenises or re-parses to
-find out where a token was placed.
+All streams are aligned: entry ``t`` of each belongs to token ``t`` of ``token_ids`` (prompt first,
+then the response linearised as trunk, branch 1, branch 2, ..., trunk). Nothing downstream
+re-tokenises or re-parses to find out where a token was placed.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Trajectory:
     branch: IntArray
     """[T] 1-based branch inside the block; 0 on the trunk."""
     forced: BoolArray
-    """[T] True where the token was given (prompt) or inserted by the engine, False where it was sampled."""
+    """[T] True where the token was given (prompt) or inserted by the engine, not sampled."""
     logprobs: FloatArray
-    """[T] natural-log probability given the predecessor; 0.0 for the prompt and tokens without predecessor."""
+    """[T] natural-log probability given the predecessor; 0.0 for the prompt and without one."""
     weight_versions: IntArray
     """[T] weight version that produced ``logprobs``; -1 for the prompt."""
     finish: FinishReason
@@ -88,7 +88,9 @@ class Trajectory:
         for name, dtype in _DTYPES.items():
             stream = np.ascontiguousarray(getattr(self, name), dtype=dtype)
             if stream.shape != (length,):
-                raise ValueError(f"stream {name} has shape {stream.shape}, token_ids has ({length},)")
+                raise ValueError(
+                    f"stream {name} has shape {stream.shape}, token_ids has ({length},)"
+                )
             stream.flags.writeable = False
             object.__setattr__(self, name, stream)
         if not 0 <= self.prompt_length <= length:
@@ -129,10 +131,7 @@ class Trajectory:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Trajectory:
         """Rebuild a trajectory written by :meth:`to_json`."""
-        return cls(
-            **{
-                **data,
-                "mode": DecodeMode(data["mode"]),
-                "finish": FinishReason(data["finish"]),
-            }
-        )
+        fields: dict[str, Any] = dict(data)
+        fields["mode"] = DecodeMode(data["mode"])
+        fields["finish"] = FinishReason(data["finish"])
+        return cls(**fields)

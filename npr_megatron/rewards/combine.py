@@ -2,13 +2,13 @@
 
 ZERO learns the format, NPR takes it for granted and learns the answer::
 
-    ZERO   format score - 1, in [-3, -1), if malformed, else +1 right, -1 wrong; every rollout counts
+    ZERO   format score - 1, in [-3, -1), if malformed, else +1 right, -1 wrong; all count
     NPR    +1 right, -1 wrong; malformed rollouts are dropped, not punished
 
-The paper gives a malformed rollout its format score alone. A small fault (-0.4) then pays more than a
-well-formed wrong answer (-1), and a policy that is often wrong learns the fault: in the quickstart at
-learning rate 2e-3 validity went 0.32, 0.84 (step 4), 0.00 (step 7) and stayed there at reward -0.42.
-One point less keeps every malformed rollout below every well-formed one.
+The paper gives a malformed rollout its format score alone. A small fault (-0.4) then pays more than
+a well-formed wrong answer (-1), and a policy that is often wrong learns the fault: in a quickstart
+at learning rate 2e-3 validity went 0.32, 0.84 (step 4), 0.00 (step 7) and stayed there at reward
+-0.42. One point less keeps every malformed rollout below every well-formed one.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -218,5 +219,7 @@ def _checkpoint_queue() -> Any:
 
     writer: Any = filesystem_async
     if writer._results_queue is None:
-        writer._results_queue = torch.multiprocessing.get_context("fork").Manager().Queue()
+        # Our saves put and get in one process. A manager's forked child would keep a copy of this
+        # rank's sockets open, so that nobody noticed the rank's death.
+        writer._results_queue = queue.SimpleQueue()
     return writer._results_queue

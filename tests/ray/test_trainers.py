@@ -176,8 +176,12 @@ def test_the_number_of_seats_must_be_the_number_of_ranks(cluster):
         )
 
 
-def test_a_killed_rank_ends_the_group_with_its_name_and_frees_its_memory(trainer, fleet, arena_dir):
+def test_a_killed_rank_ends_the_group_with_its_name_and_frees_its_memory(
+    trainer, fleet, versions, arena_dir
+):
     """Last of the file: the trainer does not survive it."""
+    trainer.begin_stage(OptimizerConfig(learning_rate=1e-2), num_steps=2)
+    fleet.push(trainer.publish(next(versions)))
     batch = batch_of(fleet.generate(REQUESTS))
     assert len(list(arena_dir.iterdir())) == 2
     os.kill(trainer.pids[1], signal.SIGKILL)
