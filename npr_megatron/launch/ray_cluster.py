@@ -22,7 +22,6 @@ from typing import Any, Self
 
 import ray
 from ray._private import worker as ray_worker
-from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from npr_megatron.config.engine import ClusterConfig
@@ -41,6 +40,7 @@ _ENVIRONMENT = {
 }
 _LONGEST_SOCKET_FOLDER = 40  # a unix socket path has 107 characters; Ray's own part takes up to 64
 _READY_TIMEOUT_S = 120.0
+_NUM_STARTS = 2
 
 
 class RayCluster:
@@ -87,30 +87,43 @@ class RayCluster:
         self._exit.close()
 
     def _start_or_join(self, started: ExitStack) -> None:
-        config = self._config
-        arguments: dict[str, Any] = {"address": config.ray_address}
-        if config.ray_address is None:
-            folder = _session_folder()
-            started.enter_context(_reaped(folder))
-            total = self._placement.total
-            arguments = {
-                # Logical: what the run needs, whatever the machine has.
-                "num_cpus": math.ceil(total.num_cpus),
-                "num_gpus": math.ceil(total.num_gpus),
-                "include_dashboard": False,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "_temp_dir": str(folder),
-            }
-        started.callback(ray.shutdown)
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
-        except (RayError, OSError, RuntimeError, ValueError, TimeoutError) as error:
-            where = config.ray_address or f"a private head, port {config.ray_port or 'any'}"
-            raise EnvironmentFault(
-                f"Ray was asked for at {where} and did not come up: {error}; check that the "
-                "address is reachable or the port free, and that /dev/shm has room"
-            ) from error
+        if self._config.ray_address is not None:
+            started.callback(ray.shutdown)
+            _init(self._config.ray_address, address=self._config.ray_address)
+        else:
+            started.enter_context(self._private_head())
         _silence_driver()
+
+    def _private_head(self) -> ExitStack:
+        """Start Ray on this machine; return what stops it.
+
+        Ray gives its daemons 30 s, which a busy machine may exceed with cold files: try twice.
+        """
+        total, where = (
+            self._placement.total,
+            f"a private head, port {self._config.ray_port or 'any'}",
+        )
+        for attempt in range(_NUM_STARTS):
+            with ExitStack() as session:
+                folder = _session_folder()
+                session.enter_context(_reaped(folder))
+                session.callback(ray.shutdown)
+                try:
+                    _init(
+                        where,
+                        # Logical: what the run needs, whatever the machine has.
+                        num_cpus=math.ceil(total.num_cpus),
+                        num_gpus=math.ceil(total.num_gpus),
+                        include_dashboard=False,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        _temp_dir=str(folder),
+                    )
+                except EnvironmentFault:
+                    if attempt + 1 == _NUM_STARTS:
+                        raise
+                else:
+                    return session.pop_all()
+        raise AssertionError("every start returns or raises")
 
     def _take_seats(self, started: ExitStack) -> None:
         require_room(self._placement, _free_nodes())
@@ -130,6 +143,16 @@ class RayCluster:
         )
         self.trainer_seats = seats[: len(self._placement.trainers)]
         self.replica_seats = seats[len(self._placement.trainers) :]
+
+
+def _init(where: str, **arguments: Any) -> None:
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    except Exception as error:
+        raise EnvironmentFault(
+            f"Ray was asked for at {where} and did not come up: {error}; check that the address is "
+            "reachable or the port free, and that /dev/shm has room"
+        ) from error
 
 
 def _free_nodes() -> list[Need]:

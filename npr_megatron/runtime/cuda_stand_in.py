@@ -5,8 +5,8 @@ Two halves, because Megatron reaches CUDA in two ways:
 * functions of ``torch.cuda`` (current_device, streams, events, RNG state) are replaced once per
   process by :func:`install`, together with three Megatron internals that cannot be reached
   through torch: its RNG accessors (they queue behind a CUDA initialisation that never comes), its
-  choice of Adam (``runtime.adam``), and the start method of its checkpoint writer (``spawn``
-  imports torch again for every save; without CUDA ``fork`` is safe);
+  choice of Adam (``runtime.adam``), and the queue of its checkpoint writer (a manager process,
+  where every save of ours begins and ends in one process);
 * ``device="cuda"`` arguments and the comparison of ``tensor.type()`` with
   ``"torch.cuda.FloatTensor"`` are rewritten by a torch function mode, active inside
   :func:`cuda_means_cpu` and in that thread only.
@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import os
+import queue
 from collections.abc import Iterator
 from typing import Any
 
@@ -219,7 +219,7 @@ def _checkpoint_queue() -> Any:
 
     writer: Any = filesystem_async
     if writer._results_queue is None:
-        # Our saves put and get in one process. A manager's forked child would keep a copy of this
-        # rank's sockets open, so that nobody noticed the rank's death.
+        # A manager's child would keep copies of this rank's sockets open, so that neither Ray nor
+        # the other ranks noticed this rank's death.
         writer._results_queue = queue.SimpleQueue()
     return writer._results_queue
