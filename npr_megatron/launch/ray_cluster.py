@@ -40,7 +40,6 @@ _ENVIRONMENT = {
 }
 _LONGEST_SOCKET_FOLDER = 40  # a unix socket path has 107 characters; Ray's own part takes up to 64
 _READY_TIMEOUT_S = 120.0
-_NUM_STARTS = 2
 
 
 class RayCluster:
@@ -99,31 +98,27 @@ class RayCluster:
 
         Ray gives its daemons 30 s, which a busy machine may exceed with cold files: try twice.
         """
-        total, where = (
-            self._placement.total,
-            f"a private head, port {self._config.ray_port or 'any'}",
-        )
-        for attempt in range(_NUM_STARTS):
-            with ExitStack() as session:
-                folder = _session_folder()
-                session.enter_context(_reaped(folder))
-                session.callback(ray.shutdown)
-                try:
-                    _init(
-                        where,
-                        # Logical: what the run needs, whatever the machine has.
-                        num_cpus=math.ceil(total.num_cpus),
-                        num_gpus=math.ceil(total.num_gpus),
-                        include_dashboard=False,
-                        object_store_memory=OBJECT_STORE_BYTES,
-                        _temp_dir=str(folder),
-                    )
-                except EnvironmentFault:
-                    if attempt + 1 == _NUM_STARTS:
-                        raise
-                else:
-                    return session.pop_all()
-        raise AssertionError("every start returns or raises")
+        try:
+            return self._start_head()
+        except EnvironmentFault:
+            return self._start_head()
+
+    def _start_head(self) -> ExitStack:
+        total = self._placement.total
+        with ExitStack() as session:
+            folder = _session_folder()
+            session.enter_context(_reaped(folder))
+            session.callback(ray.shutdown)
+            _init(
+                f"a private head, port {self._config.ray_port or 'any'}",
+                # Logical: what the run needs, whatever the machine has.
+                num_cpus=math.ceil(total.num_cpus),
+                num_gpus=math.ceil(total.num_gpus),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(folder),
+            )
+            return session.pop_all()
 
     def _take_seats(self, started: ExitStack) -> None:
         require_room(self._placement, _free_nodes())
