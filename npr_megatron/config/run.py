@@ -13,6 +13,7 @@ from npr_megatron.config.stages import (
     BetaStage,
     CheckpointConfig,
     EvaluationConfig,
+    NprStage,
     RlStage,
     SampleStage,
     SamplingConfig,
@@ -77,4 +78,4 @@ class RunConfig(Section):
     zero: RlStage
     sample: SampleStage
     beta: BetaStage
-    npr: RlStage
+    npr: NprStage

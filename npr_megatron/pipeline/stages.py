@@ -103,7 +103,9 @@ def _npr(context: RunContext, problems: ProblemSource) -> None:
         settings=context.config.npr,
         mode=DecodeMode.PARALLEL,
         loss=LossConfig(kind="papo"),
-        score=lambda trajectory, problem: score_npr(trajectory, problem.answer, context.reader),
+        score=lambda trajectory, problem: score_npr(
+            trajectory, problem.answer, context.reader, malformed=context.config.npr.malformed
+        ),
         advantages=papo_advantages,
     )
     run_rl(context, recipe, problems, context.folder.hf("beta"))

@@ -3,7 +3,7 @@
 ZERO learns the format, NPR takes it for granted and learns the answer::
 
     ZERO   format score - 1, in [-3, -1), if malformed, else +1 right, -1 wrong; all count
-    NPR    +1 right, -1 wrong; malformed rollouts are dropped, not punished
+    NPR    +1 right, -1 wrong; malformed rollouts are dropped, or count as wrong
 
 The paper gives a malformed rollout its format score alone. A small fault (-0.4) then pays more than
 a well-formed wrong answer (-1), and a policy that is often wrong learns the fault: in a quickstart
@@ -14,11 +14,12 @@ at learning rate 2e-3 validity went 0.32, 0.84 (step 4), 0.00 (step 7) and staye
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from npr_megatron.records.trajectory import Trajectory
 from npr_megatron.rewards.answer import answers_match, boxed_answer
 from npr_megatron.rewards.reading import Reader, Reading
-from npr_megatron.rewards.structure import drop_reason
+from npr_megatron.rewards.structure import drop_reason, is_own_fault
 from npr_megatron.topology.cursor import Convention
 
 RIGHT, WRONG = 1.0, -1.0
@@ -64,16 +65,29 @@ def score_zero(trajectory: Trajectory, answer: str, reader: Reader) -> Score:
 
 
 def score_npr(
-    trajectory: Trajectory, answer: str, reader: Reader, convention: Convention = "canonical"
+    trajectory: Trajectory,
+    answer: str,
+    reader: Reader,
+    *,
+    malformed: Literal["drop", "wrong"] = "drop",
+    convention: Convention = "canonical",
 ) -> Score:
-    """Judge a rollout of stage NPR: the answer alone, behind the structural filter."""
+    """Judge a rollout of stage NPR: the answer alone, behind the structural filter.
+
+    With ``malformed="wrong"`` a rollout that the model broke or did not end counts as a wrong
+    answer instead of being dropped; what the engine placed elsewhere than the layout rule, or what
+    was aborted, is dropped all the same.
+    """
     reading = reader.read(trajectory.response_ids)
+    reason = drop_reason(trajectory, reader.vocabulary, convention)
     is_correct = is_right(reading, answer)
+    if reason and malformed == "wrong" and is_own_fault(trajectory, reason):
+        is_correct, reason = False, ""
     return Score(
         format_score=reading.format_score,
         is_correct=is_correct,
         reward=_sign(is_correct),
-        drop_reason=drop_reason(trajectory, reader.vocabulary, convention),
+        drop_reason=reason,
     )
 
 

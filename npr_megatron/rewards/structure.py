@@ -38,3 +38,8 @@ def drop_reason(
         and np.array_equal(layout.position_ids, trajectory.position_ids)
     )
     return "" if agrees else LAYOUT_MISMATCH
+
+
+def is_own_fault(trajectory: Trajectory, reason: str) -> bool:
+    """Whether the model itself earned ``reason``: it broke the schema or ran out of budget."""
+    return trajectory.finish is not FinishReason.ABORTED and reason != LAYOUT_MISMATCH

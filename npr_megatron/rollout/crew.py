@@ -24,6 +24,9 @@ from npr_megatron.weights.publication import Publication
 
 logger = logging.getLogger(__name__)
 
+_START_TIMEOUT_S = 300.0
+"""To import torch and build an engine: long on a busy machine, whatever a request may take."""
+
 
 class Member:
     """The driver's view of the replica in one seat."""
@@ -84,15 +87,20 @@ class Crew:
             )
 
     def ask(
-        self, members: Collection[Member], ask: Callable[[Member], ray.ObjectRef], what: str
+        self,
+        members: Collection[Member],
+        ask: Callable[[Member], ray.ObjectRef],
+        what: str,
+        timeout_s: float | None = None,
     ) -> tuple[dict[Member, Any], Deaths]:
         """Call all ``members`` at once; return the answers and the deaths.
 
         Raises the first error, in its own type; EnvironmentFault (an engine broke) ends the crew.
         """
         calls = [ask(member) for member in members]
+        limit_s = self._config.request_timeout_s if timeout_s is None else timeout_s
         try:
-            results = gather(calls, timeout_s=self._config.request_timeout_s, what=what)
+            results = gather(calls, timeout_s=limit_s, what=what)
         except EnvironmentFault:
             self.close()
             raise
@@ -145,7 +153,9 @@ class Crew:
     def _come_up(self, members: Sequence[Member]) -> Deaths:
         """Start engines, bring them to the served version, hand over what they owe; return the
         deaths."""
-        pids, dead = self.ask(members, lambda m: m.actor.start.remote(), "starting an engine")
+        pids, dead = self.ask(
+            members, lambda m: m.actor.start.remote(), "starting an engine", _START_TIMEOUT_S
+        )
         for member, pid in pids.items():
             member.pid = pid
             member.state = member.state.after(Event.READY)

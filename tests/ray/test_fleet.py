@@ -188,7 +188,7 @@ def test_a_replica_lost_while_idle_is_replaced_by_the_next_push(fleet, publish):
 
 
 def test_a_silent_replica_is_given_up_and_too_many_losses_end_the_fleet(cluster, publish):
-    config = FleetConfig(num_replicas=1, request_timeout_s=15, max_restarts=1)
+    config = FleetConfig(num_replicas=1, request_timeout_s=6, max_restarts=1)
     seats = cluster.trainer_seats[:1]  # free here; a seat is a seat
     source = canonical_layout(TINY)
     with Fleet(seats, TINY, FEW_AT_ONCE, config, SMALL, source=source) as fleet:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,20 @@ SEQUENTIAL = DecodeMode.SEQUENTIAL
 WRONG = GOOD.replace("\\boxed{3,7}", "\\boxed{3,8}")
 NO_TAKEAWAY = HEAD + STEPS + "\\boxed{3,7}<eos>"
 NO_BOX = HEAD + STEPS + "<takeaway>\n3,7</takeaway>\n3,7<eos>"
+
+
+def test_npr_can_count_malformed_rollouts_as_wrong_whatever_their_answer():
+    score = score_npr(rollout(NO_TAKEAWAY), ANSWER, reader(), malformed="wrong")
+    assert score.kept
+    assert score.reward == -1.0
+    assert score_npr(rollout(GOOD), ANSWER, reader(), malformed="wrong").reward == 1.0
+
+
+def test_faults_that_are_not_the_models_are_dropped_even_where_malformed_counts_as_wrong():
+    misplaced = rollout(GOOD, SEQUENTIAL)
+    aborted = dataclasses.replace(rollout(NO_TAKEAWAY), finish=FinishReason.ABORTED)
+    for trajectory in (misplaced, aborted):
+        assert not score_npr(trajectory, ANSWER, reader(), malformed="wrong").kept
 
 
 @pytest.mark.parametrize(("response", "reward"), [(GOOD, 1.0), (WRONG, -1.0)])
