@@ -35,6 +35,7 @@ OBJECT_STORE_BYTES = 128 * 2**20
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # seats say which devices are visible
+    "RAY_worker_niceness": "0",  # ranks and engines are the work, not a background job
     "RAY_prestart_worker_first_driver": "0",  # none of them could carry an actor of a seat
     "RAY_DEDUP_LOGS": "0",
 }
