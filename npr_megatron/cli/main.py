@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from npr_megatron import __version__
+from npr_megatron.cli.add_tags import add_tags
 from npr_megatron.cli.check import check, schema
 from npr_megatron.cli.generate import generate
 from npr_megatron.cli.pipeline import pipeline
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(pipeline)
 app.command()(generate)
 app.command()(report)
+app.command()(add_tags)
 app.command()(check)
 app.command()(schema)
 

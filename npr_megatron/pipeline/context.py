@@ -24,6 +24,7 @@ from npr_megatron.records.trajectory import DecodeMode, Trajectory
 from npr_megatron.report.live import LiveView
 from npr_megatron.report.tree import trajectory_tree
 from npr_megatron.rewards.reading import Reader
+from npr_megatron.train.checkpoint_folder import find_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class RunContext:
             The last step already done.
         """
         num_steps = last_step - first_step
-        if not (checkpoints / "latest").exists():
+        if find_checkpoint(checkpoints) is None:
             self.trainer.load_hf(initial)
             self.trainer.begin_stage(optimizer, num_steps)
             done = first_step

@@ -25,6 +25,7 @@ from npr_megatron.launch.placement import place
 from npr_megatron.launch.preflight import require_environment
 from npr_megatron.launch.ray_cluster import RayCluster
 from npr_megatron.launch.trainers import TrainerGroup
+from npr_megatron.observability.log import set_up_logging
 from npr_megatron.observability.metrics import MetricsLog, read_json_lines
 from npr_megatron.pipeline.context import RunContext
 from npr_megatron.pipeline.folder import RunFolder
@@ -34,6 +35,7 @@ from npr_megatron.report.page import write_page
 from npr_megatron.report.table import stage_table
 from npr_megatron.rewards.reading import Reader
 from npr_megatron.rollout.fleet import Fleet
+from npr_megatron.weights.arena import sweep_dead_arenas
 from npr_megatron.weights.layout import trainer_layout
 
 
@@ -48,11 +50,14 @@ def run_pipeline(
         InputError: a file, tokenizer or an earlier run in the folder is not what ``config`` says.
     """
     model, problems = prepare(config)
+    sweep_dead_arenas(config.cluster.arena_dir)
+    require_environment(config, model)
     given = Path(config.model.path) if config.model.path else None
     if given is not None:  # refused before anything is written
         load_tokenizer(given, max_plans=config.engine.max_plans)
     folder = RunFolder.of(config)
     folder.open(config, fresh=fresh)
+    set_up_logging("driver", path=folder.path / "driver.log")
     tokenizer_folder = given or folder.path / "tokenizer"
     if given is None:
         build_sums_tokenizer(tokenizer_folder)
@@ -73,7 +78,7 @@ def run_pipeline(
 
 
 def prepare(config: RunConfig) -> tuple[ModelConfig, ProblemSource]:
-    """Check everything that can be checked without starting anything.
+    """Check all that can be checked from the files alone.
 
     Returns:
         The architecture and the problems.
@@ -87,7 +92,6 @@ def prepare(config: RunConfig) -> tuple[ModelConfig, ProblemSource]:
         raise ConfigError(faults)
     model = config.model.architecture or architecture
     assert model is not None, "check_run demands a model"
-    require_environment(config, model)
     return model, open_source(config.task, config.run.seed)
 
 

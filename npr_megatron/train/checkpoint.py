@@ -25,16 +25,10 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from npr_megatron.errors import InputError
 from npr_megatron.model.gpt import BranchGPT
+from npr_megatron.train.checkpoint_folder import LATEST, find_checkpoint
 
-_LATEST = "latest"
 _PROGRESS = "progress.json"
 _PARTIAL = ".partial-"
-
-
-def find_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest complete checkpoint of ``folder``; None where there is none yet."""
-    latest = Path(folder) / _LATEST
-    return Path(folder) / latest.read_text().strip() if latest.exists() else None
 
 
 def save_checkpoint(
@@ -79,7 +73,7 @@ def load_checkpoint(
     path = find_checkpoint(folder) or Path(folder)
     if not (path / _PROGRESS).exists():
         raise InputError(
-            f"a checkpoint was to be read from {folder}, which holds neither {_LATEST} nor "
+            f"a checkpoint was to be read from {folder}, which holds neither {LATEST} nor "
             f"{_PROGRESS}; name a folder that a trainer has saved to"
         )
     wanted = _sharded_state(gpt, optimizer, 0, is_loading=True)
@@ -111,9 +105,9 @@ def _publish(partial: Path, published: Path) -> None:
     folder = published.parent
     shutil.rmtree(published, ignore_errors=True)
     partial.rename(published)
-    pointer = folder / f"{_PARTIAL}{_LATEST}"
+    pointer = folder / f"{_PARTIAL}{LATEST}"
     pointer.write_text(published.name)
-    pointer.replace(folder / _LATEST)
+    pointer.replace(folder / LATEST)
     for other in folder.glob("step-*"):
         if other != published:
             shutil.rmtree(other)

@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from npr_megatron.config.training import OptimizerConfig
 from npr_megatron.errors import DivergenceError
@@ -33,7 +34,13 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(megatron_config, [wrapped])
+    optimizer = get_megatron_optimizer(megatron_config, [wrapped])
+    assert isinstance(optimizer, ChainedOptimizer), "the distributed optimizer comes in a chain"
+    for part in optimizer.chained_optimizers:  # a stage may be saved before its first update
+        part.init_state_fn(part.optimizer)
+        for group in part.optimizer.param_groups:
+            group.setdefault("step", 0)
+    return optimizer
 
 
 def take_step(optimizer: MegatronOptimizer, learning_rate: float, step: int) -> float:

@@ -65,6 +65,16 @@ def remove_arenas(arena_dir: str | Path, run_id: str) -> int:
     return sum(_remove_if_dead(path) for path in left)
 
 
+def sweep_dead_arenas(arena_dir: str | Path) -> int:
+    """Delete the arenas of all runs whose processes are gone; return the number of files.
+
+    A killed run cannot clean up after itself; the next run of any name does it.
+    """
+    pattern = re.compile(rf"npr-{_RUN_ID.pattern}-rank\d{{5}}\.arena")
+    found = [path for path in Path(arena_dir).iterdir() if pattern.fullmatch(path.name)]
+    return sum(_remove_if_dead(path) for path in found)
+
+
 class Arena:
     """A mapped arena, as readers see it. Their mapping is private: they cannot write."""
 

@@ -75,3 +75,20 @@ def test_only_the_newest_complete_checkpoint_is_kept_and_loaded(hf_folder, tmp_p
     assert progress == {"saves": 2}
     assert left == ["step-00000002"]
     assert (folder / "latest").read_text() == "step-00000002"
+
+
+def save_before_the_first_update(rank, world_size, init_method, job, folder):
+    """Return the steps of a stage that was saved as it began, loaded and then trained."""
+    trainer = open_rank(rank, world_size, init_method, job)
+    trainer.save(folder, {"saves": 1})
+    trainer.load(folder)
+    results = [trainer.train_step(batch) for batch in BATCHES[:2]]
+    trainer.close()
+    return results
+
+
+def test_a_stage_can_be_saved_before_its_first_update(hf_folder, tmp_path):
+    job = Job(hf_folder=hf_folder)
+    (resumed,) = run_ranks(save_before_the_first_update, 1, tmp_path, job, tmp_path / "saved")
+    untouched, _ = run(tmp_path, ParallelConfig(), hf_folder=hf_folder, batches=BATCHES[:2])
+    assert resumed == untouched.results

@@ -17,20 +17,28 @@ import psutil
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples/quickstart/run.toml"
 SMALL = (
-    "seed_stage.phases.0.num_steps=30",
-    "seed_stage.phases.1.num_steps=4",
-    "zero.num_steps=4",
+    "task.min_parts=2",
+    "task.max_parts=3",
+    "task.addends=2",
+    "task.max_addend=4",
+    "seed_stage.phases.0.num_steps=120",
+    "seed_stage.phases.0.mixture={well_formed=0.8, sequential=0.2}",
+    "seed_stage.phases.1.num_steps=6",
+    "seed_stage.phases.1.mixture={well_formed=0.6, sequential=0.4}",
+    "zero.num_steps=6",
     "zero.prompts_per_step=4",
     "zero.rollouts_per_prompt=4",
-    "zero.optimizer.warmup_steps=1",
-    "npr.num_steps=2",
+    "sample.num_accepted=8",
+    "sample.prompts_per_round=32",
+    "beta.num_steps=12",
+    "npr.num_steps=6",
     "npr.prompts_per_step=4",
     "npr.rollouts_per_prompt=4",
-    "npr.optimizer.warmup_steps=1",
     "evaluation.num_problems=8",
     "evaluation.speed_problems=2",
-    "checkpoint.every_sft_steps=10",
+    "checkpoint.every_sft_steps=20",
 )
+"""Three stages in seconds: enough skill that rejection sampling accepts something, no more."""
 DEADLINE_S = 240.0
 
 

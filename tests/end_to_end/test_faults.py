@@ -65,7 +65,7 @@ def test_a_killed_driver_leaves_nothing_running_and_resumes_at_the_next_step(und
 
     second = start(tmp_path, *SMALL, name="driver")
     assert second.wait() == 0, second.output()
-    assert f"zero: resumed after step {done}" in second.output()
+    assert f"zero: resumed after {done} step" in second.output()
     assert_learnt_the_same(second, undisturbed)
 
     third = start(tmp_path, *SMALL, name="driver")  # everything is finished: only the report
