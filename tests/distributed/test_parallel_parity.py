@@ -16,7 +16,7 @@ LAYOUTS = {
     "tp2_pp2": ParallelConfig(tp_size=2, pp_size=2),
     "dp2": ParallelConfig(dp_size=2),
 }
-NUM_STEPS = 4
+NUM_STEPS = 5
 
 
 def train_under(parallel, kind, hf_folder, tmp_path):

@@ -16,7 +16,10 @@ from tests.distributed.jobs import MODEL, Job, train
 from tests.distributed.samples import step_batches
 
 UNTIED = MODEL.model_copy(update={"tie_word_embeddings": False})
-LAYOUTS = [ParallelConfig(tp_size=tp, pp_size=pp) for tp in (1, 2) for pp in (1, 2)]
+LAYOUTS = [
+    *(ParallelConfig(tp_size=tp, pp_size=pp) for tp in (1, 2) for pp in (1, 2)),
+    ParallelConfig(dp_size=2),
+]
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
