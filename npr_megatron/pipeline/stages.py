@@ -6,6 +6,8 @@ starts from the seed, not from ZERO: ZERO only supplies data (paper footnote 5).
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from npr_megatron.config.stages import StageName
 from npr_megatron.config.training import LossConfig
 from npr_megatron.data.samples import sft_sample
@@ -40,6 +42,12 @@ def run_stage(context: RunContext, problems: ProblemSource, stage: StageName) ->
     context.folder.finish(stage)
 
 
+def _seed_model(context: RunContext) -> Path:
+    """Return the folder of the model that ZERO and BETA start from."""
+    given = context.config.model.path
+    return Path(given) if given else context.folder.hf("seed")
+
+
 def _zero(context: RunContext, problems: ProblemSource) -> None:
     recipe = RlRecipe(
         stage="zero",
@@ -49,7 +57,7 @@ def _zero(context: RunContext, problems: ProblemSource) -> None:
         score=lambda trajectory, problem: score_zero(trajectory, problem.answer, context.reader),
         advantages=dapo_advantages,
     )
-    run_rl(context, recipe, problems, context.folder.hf("seed"))
+    run_rl(context, recipe, problems, _seed_model(context))
 
 
 def _sample(context: RunContext, problems: ProblemSource) -> None:
@@ -79,7 +87,7 @@ def _beta(context: RunContext, problems: ProblemSource) -> None:
         optimizer=settings.optimizer,
         first_step=0,
         last_step=settings.num_steps,
-        initial=context.folder.hf("seed"),
+        initial=_seed_model(context),
         checkpoints=checkpoints,
     )
     sft_steps(

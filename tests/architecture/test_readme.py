@@ -23,13 +23,13 @@ TOP_LEVEL = {
 }
 # Commands too long for here, with the test that runs them or what stands behind them.
 RUN_ELSEWHERE = {
-    "bash tools/quickstart": "tests/end_to_end",
+    "bash tools/quickstart": "tests/end_to_end/test_runs.py",
     "bash tools/test": ".ci/run",
     "bash tools/check": "tests/architecture/test_tools.py",
-    ".venv/bin/npr pipeline examples/quickstart/run.toml --seed 1": "tests/end_to_end",
+    ".venv/bin/npr pipeline examples/quickstart/run.toml --seed 1": "tests/end_to_end/test_runs.py",
     ".venv/bin/npr report runs/quickstart-seed0": "tests/unit/cli/test_commands.py",
     '.venv/bin/npr generate runs/quickstart-seed0/stages/npr/hf "a:1+2+9;b:3+5+4;c:7+7+2?"': (
-        "tests/end_to_end"
+        "tests/end_to_end/test_runs.py"
     ),
     "sbatch examples/qwen3-4b/launch.sbatch": "tests/examples/test_examples.py",
 }

@@ -16,6 +16,8 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples/quickstart/run.toml"
+NPR = str(Path(sys.executable).parent / "npr")
+GPU_EXAMPLE = ROOT / "examples/qwen3-4b/run.toml"
 SMALL = (
     "task.min_parts=2",
     "task.max_parts=3",
@@ -39,6 +41,21 @@ SMALL = (
     "checkpoint.every_sft_steps=20",
 )
 """Three stages in seconds: enough skill that rejection sampling accepts something, no more."""
+ON_A_LAPTOP = (
+    "trainer.dtype=fp32",
+    "engine.dtype=fp32",
+    "engine.num_kv_slots=16384",
+    "fleet.num_replicas=2",
+    "cluster.cpus_per_trainer=0.5",
+    "cluster.cpus_per_replica=0.5",
+    "cluster.gpus_per_trainer=0",
+    "cluster.gpus_per_replica=0",
+    "parallel.tp_size=2",
+    "trainer.row_tokens=256",
+    "sampling.max_new_tokens=200",
+    "sampling.max_critical_path=200",
+)
+"""What the run file for eight GPUs needs changed to start on two cores."""
 DEADLINE_S = 240.0
 
 
@@ -86,20 +103,28 @@ class Run:
         return [int(pid) for pid in line.split(",")]
 
 
-def start(tmp_path: Path, *overrides: str, name: str = "small", run_file: Path = QUICKSTART) -> Run:
+def start(
+    tmp_path: Path,
+    *overrides: str,
+    name: str = "small",
+    run_file: Path = QUICKSTART,
+    seed: int = 0,
+    until: str | None = None,
+) -> Run:
     """Start ``npr pipeline`` on a run file; results go below ``tmp_path``."""
     log = tmp_path / f"{name}.log"
     arguments = [str(run_file), f"run.name={name}", f"run.output_dir={tmp_path}", *overrides]
+    arguments += ["--seed", str(seed), *(["--until", until] if until else [])]
     with log.open("a") as file:
         process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "npr"), "pipeline", *arguments],
+            [NPR, "pipeline", *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
             env={**os.environ, "COLUMNS": "160", "PYTHONUNBUFFERED": "1"},
         )
-    return Run(process=process, folder=tmp_path / f"{name}-seed0", log=log)
+    return Run(process=process, folder=tmp_path / f"{name}-seed{seed}", log=log)
 
 
 def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -11,19 +11,18 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from npr_megatron.config.loader import load_run
 from npr_megatron.weights.hf import hf_config
-from tests.end_to_end.runs import QUICKSTART, ROOT, SMALL, Run, descendants, start, survivors
+from tests.end_to_end.runs import (
+    GPU_EXAMPLE,
+    ON_A_LAPTOP,
+    QUICKSTART,
+    SMALL,
+    Run,
+    descendants,
+    start,
+    survivors,
+)
 
 pytestmark = pytest.mark.slow
-ON_A_LAPTOP = (
-    "trainer.dtype=fp32",
-    "engine.dtype=fp32",
-    "cluster.gpus_per_trainer=0",
-    "cluster.gpus_per_replica=0",
-    "parallel.tp_size=2",
-    "trainer.row_tokens=512",
-    "sampling.max_new_tokens=200",
-    "sampling.max_critical_path=200",
-)
 
 
 def refused(run: Run) -> str:
@@ -75,11 +74,11 @@ def test_a_tokenizer_without_tags_is_refused_before_anything_starts(tmp_path):
             f"task.train_path={problems}",
             f"task.test_path={problems}",
             *ON_A_LAPTOP,
-            run_file=ROOT / "examples/qwen3-4b/run.toml",
+            run_file=GPU_EXAMPLE,
         )
     )
     assert "<guideline>" in output and "</takeaway>" in output
-    assert not (tmp_path / "small-seed521").exists()
+    assert not (tmp_path / "small-seed0").exists()
 
 
 def test_an_occupied_ray_port_is_named(tmp_path):

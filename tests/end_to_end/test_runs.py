@@ -1,10 +1,22 @@
 """A run that loses a replica, and one that loses its driver, end where an undisturbed run ends."""
 
+import json
 import shutil
+import subprocess
 
 import pytest
 
-from tests.end_to_end.runs import SMALL, Run, descendants, kill, start, survivors
+from tests.end_to_end.runs import (
+    GPU_EXAMPLE,
+    NPR,
+    ON_A_LAPTOP,
+    SMALL,
+    Run,
+    descendants,
+    kill,
+    start,
+    survivors,
+)
 
 pytestmark = pytest.mark.slow
 LEARNT = ("train/loss", "rollout/reward", "rollout/tokens")
@@ -42,6 +54,43 @@ def test_a_run_prints_its_table_and_leaves_a_page_and_a_model(undisturbed):
     assert (undisturbed.folder / "report.html").stat().st_size > 10_000
     assert (undisturbed.folder / "stages/npr/hf/model.safetensors").exists()
     assert max(m["train/logprob_gap_max"] for m in undisturbed.steps("npr").values()) < 1e-4
+
+
+def test_the_trained_model_answers_from_its_folder(undisturbed):
+    model = undisturbed.folder / "stages/npr/hf"
+    command = [NPR, "generate", str(model), "a:1+2;b:3+4?", "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    (line,) = answer.stdout.splitlines()
+    assert json.loads(line)
+
+
+def test_a_given_model_starts_at_zero_with_problems_from_files(undisturbed, tmp_path):
+    for name in ("train", "test"):
+        numbers = range(1, 5) if name == "train" else range(5, 9)
+        problems = [
+            {"id": f"{name}{i}", "question": f"a:{i}+1;b:{i}+2?", "answer": f"{i + 1},{i + 2}"}
+            for i in numbers
+        ]
+        text = "".join(json.dumps(problem) + "\n" for problem in problems)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    run = start(
+        tmp_path,
+        f"model.path={undisturbed.folder / 'stages/seed/hf'}",
+        f"task.train_path={tmp_path / 'train.jsonl'}",
+        f"task.test_path={tmp_path / 'test.jsonl'}",
+        *ON_A_LAPTOP,
+        "zero.num_steps=2",
+        "zero.optimizer.warmup_steps=1",
+        "zero.prompts_per_step=4",
+        "zero.rollouts_per_prompt=4",
+        "evaluation.num_problems=4",
+        "evaluation.rollouts_per_problem=2",
+        run_file=GPU_EXAMPLE,
+        until="zero",
+    )
+    assert run.wait() == 0, run.output()
+    assert sorted(run.steps("zero")) == [1, 2]
+    assert (run.folder / "stages/zero/hf/model.safetensors").exists()
 
 
 def test_a_replica_killed_during_zero_changes_nothing(undisturbed, tmp_path):
