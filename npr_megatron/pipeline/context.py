@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from npr_megatron.config.run import RunConfig
 from npr_megatron.config.stages import StageName
 from npr_megatron.config.training import OptimizerConfig
+from npr_megatron.data.problems import Problem
 from npr_megatron.data.prompts import PromptBuilder
 from npr_megatron.data.tokenizer import Tokenizer
 from npr_megatron.errors import InputError
@@ -84,39 +85,50 @@ class RunContext:
         self.metrics.write(stage, step, values)
         self.view.advance(step, values)
 
-    def request(
+    def requests(
         self,
         purpose: str,
-        prompt_id: str,
-        prompt_ids: tuple[int, ...],
-        rollout: int,
+        problems: Sequence[Problem],
         mode: DecodeMode,
-    ) -> GenerationRequest:
-        """Return the request for one rollout; ``purpose`` (stage and step) keys its randomness.
+        rollouts: Sequence[int] = (0,),
+    ) -> list[GenerationRequest]:
+        """Return the requests for ``rollouts`` of each problem, problem by problem.
 
-        Prompt and answer together fit a packed row of the trainer.
+        ``purpose`` (stage and step) keys their randomness. Prompt and answer together fit a packed
+        row of the trainer.
 
         Raises:
-            InputError: the prompt alone fills a row.
+            InputError: a prompt alone fills a row.
         """
         sampling = self.config.sampling
+        found = []
+        for problem in problems:
+            prompt_ids = self.prompts.prompt_ids(problem)
+            room = self._room_behind(problem, prompt_ids)
+            found += [
+                GenerationRequest(
+                    prompt_id=problem.id,
+                    rollout=rollout,
+                    prompt_ids=prompt_ids,
+                    mode=mode,
+                    max_new_tokens=min(sampling.max_new_tokens, room),
+                    max_critical_path=min(sampling.max_critical_path, room),
+                    seed=derive_seed(self.config.run.seed, purpose, problem.id, rollout),
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                )
+                for rollout in rollouts
+            ]
+        return found
+
+    def _room_behind(self, problem: Problem, prompt_ids: Sequence[int]) -> int:
         room = self.config.trainer.row_tokens - len(prompt_ids)
         if room < 1:
             raise InputError(
-                f"problem {prompt_id} has a prompt of {len(prompt_ids)} tokens, a packed row "
+                f"problem {problem.id} has a prompt of {len(prompt_ids)} tokens, a packed row "
                 f"{self.config.trainer.row_tokens}; raise trainer.row_tokens or drop the problem"
             )
-        return GenerationRequest(
-            prompt_id=prompt_id,
-            rollout=rollout,
-            prompt_ids=prompt_ids,
-            mode=mode,
-            max_new_tokens=min(sampling.max_new_tokens, room),
-            max_critical_path=min(sampling.max_critical_path, room),
-            seed=derive_seed(self.config.run.seed, purpose, prompt_id, rollout),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-        )
+        return room
 
     def keep_sample(
         self, stage: StageName, step: int, trajectory: Trajectory, reward: float

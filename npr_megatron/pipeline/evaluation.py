@@ -6,12 +6,10 @@ import dataclasses
 from pathlib import Path
 
 from npr_megatron.config.stages import StageName
-from npr_megatron.data.problems import Problem
 from npr_megatron.data.sources import ProblemSource
 from npr_megatron.evaluation.metrics import Evaluation, evaluate
 from npr_megatron.evaluation.speed import Speed, measure_speed
 from npr_megatron.pipeline.context import RunContext
-from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import DecodeMode
 from npr_megatron.rewards.combine import score_npr
 
@@ -43,17 +41,9 @@ def _quality(
 ) -> Evaluation:
     settings = context.config.evaluation
     chosen = problems.held_out(settings.num_problems)
-    requests = [
-        context.request(
-            f"evaluation/{stage}/{mode}",
-            problem.id,
-            context.prompts.prompt_ids(problem),
-            rollout,
-            mode,
-        )
-        for problem in chosen
-        for rollout in range(settings.rollouts_per_problem)
-    ]
+    requests = context.requests(
+        f"evaluation/{stage}/{mode}", chosen, mode, range(settings.rollouts_per_problem)
+    )
     trajectories = context.fleet.generate(requests)
     if mode is DecodeMode.PARALLEL:
         context.keep_sample(
@@ -70,12 +60,9 @@ def _speed(context: RunContext, problems: ProblemSource, stage: StageName, model
 
     engine = open_engine(model, context.config.engine, context.tokenizer.vocabulary)
 
-    def request(problem: Problem, mode: DecodeMode) -> GenerationRequest:
-        prompt_ids = context.prompts.prompt_ids(problem)
-        return context.request(f"speed/{stage}", problem.id, prompt_ids, 0, mode)
-
-    pairs = [
-        (request(problem, DecodeMode.PARALLEL), request(problem, DecodeMode.SEQUENTIAL))
-        for problem in problems.held_out(context.config.evaluation.speed_problems)
-    ]
-    return measure_speed(engine, pairs)
+    chosen = problems.held_out(context.config.evaluation.speed_problems)
+    native, sequential = (
+        context.requests(f"speed/{stage}", chosen, mode)
+        for mode in (DecodeMode.PARALLEL, DecodeMode.SEQUENTIAL)
+    )
+    return measure_speed(engine, list(zip(native, sequential, strict=True)))

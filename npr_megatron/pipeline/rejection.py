@@ -77,16 +77,9 @@ def accept_round(
     for trial in range(context.config.sample.max_trials):
         if not open_problems:
             break
-        requests = [
-            context.request(
-                f"sample/{version}",
-                problem.id,
-                context.prompts.prompt_ids(problem),
-                trial,
-                DecodeMode.SEQUENTIAL,
-            )
-            for problem in open_problems
-        ]
+        requests = context.requests(
+            f"sample/{version}", open_problems, DecodeMode.SEQUENTIAL, [trial]
+        )
         trials += len(requests)
         still_open = []
         for problem, trajectory in zip(

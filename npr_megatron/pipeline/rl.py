@@ -95,18 +95,8 @@ def rollout(
     """Return the step's problems and their rollouts, ``[P][G]``."""
     chosen = problems.problems_for_step(recipe.stage, step, recipe.settings.prompts_per_step)
     width = recipe.settings.rollouts_per_prompt
-    requests = [
-        context.request(
-            f"{recipe.stage}/{step}",
-            problem.id,
-            context.prompts.prompt_ids(problem),
-            index,
-            recipe.mode,
-        )
-        for problem in chosen
-        for index in range(width)
-    ]
-    flat = context.fleet.generate(requests)
+    purpose = f"{recipe.stage}/{step}"
+    flat = context.fleet.generate(context.requests(purpose, chosen, recipe.mode, range(width)))
     return chosen, [flat[start : start + width] for start in range(0, len(flat), width)]
 
 
