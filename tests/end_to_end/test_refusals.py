@@ -64,15 +64,16 @@ def test_a_tokenizer_without_tags_is_refused_before_anything_starts(tmp_path):
     architecture = load_run(QUICKSTART).model.architecture
     assert architecture is not None
     (folder / "config.json").write_text(json.dumps(hf_config(architecture)))
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text('{"id": "1", "question": "g", "answer": "1"}\n')
+    for name in ("train", "test"):
+        problem = {"id": name, "question": f"{name}?", "answer": "1"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(problem) + "\n")
 
     output = refused(
         start(
             tmp_path,
             f"model.path={folder}",
-            f"task.train_path={problems}",
-            f"task.test_path={problems}",
+            f"task.train_path={tmp_path / 'train.jsonl'}",
+            f"task.test_path={tmp_path / 'test.jsonl'}",
             *ON_A_LAPTOP,
             run_file=GPU_EXAMPLE,
         )
