@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import string
 import subprocess
 import time
 
@@ -56,7 +57,7 @@ def test_a_missing_problem_file_is_named(tmp_path):
 def test_a_tokenizer_without_tags_is_refused_before_anything_starts(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    words = Tokenizer(models.WordLevel({character: i for i, character in enumerate("<>/glp\n")}))
+    words = Tokenizer(models.WordLevel({c: i for i, c in enumerate(string.printable)}))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     words.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "g"}
