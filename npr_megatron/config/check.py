@@ -159,12 +159,6 @@ def _precision(config: RunConfig) -> Iterator[str]:
             f"trainer.max_logprob_gap {trainer.max_logprob_gap:g} is below the rounding of bf16 "
             f"({MIN_BF16_GAP:g}); raise it, or use fp32"
         )
-    if trainer.positions == "paper":
-        yield (
-            'trainer.positions "paper" differs from where the engine places tokens, and this run '
-            "samples "
-            'from the engine; set "canonical"'
-        )
 
 
 def _shape(model: ModelConfig) -> Iterator[str]:

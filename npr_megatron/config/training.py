@@ -34,8 +34,6 @@ class TrainerConfig(Section):
     rows_per_microbatch: PositiveInt = 8
     max_logprob_gap: PositiveFloat = 1e-3
     """Largest |trainer - engine| log-prob allowed on a rollout token before the run stops."""
-    positions: Literal["canonical", "paper"] = "canonical"
-    """``paper`` only scores released checkpoints."""
 
 
 class OptimizerConfig(Section):

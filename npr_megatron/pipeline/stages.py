@@ -72,12 +72,11 @@ def _beta(context: RunContext, problems: ProblemSource) -> None:
     """Learn the accepted trajectories under the parallel mask, from the seed weights."""
     settings = context.config.beta
     vocabulary = context.tokenizer.vocabulary
-    convention = context.config.trainer.positions
     samples = [
         sft_sample(
             trajectory.token_ids,
             trajectory.prompt_length,
-            layout_of(trajectory.token_ids, trajectory.prompt_length, vocabulary, convention),
+            layout_of(trajectory.token_ids, trajectory.prompt_length, vocabulary),
         )
         for trajectory in read_accepted(accepted_path(context))
     ]

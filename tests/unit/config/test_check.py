@@ -27,7 +27,6 @@ ONE_RULE_EACH = {
     "trainer.row_tokens=64": "do not fit trainer.row_tokens 64",
     "engine.num_kv_slots=100": "do not fit engine.num_kv_slots 100",
     "sampling.temperature=0": "makes all rollouts of a prompt equal",
-    "trainer.positions=paper": "differs from where the engine places tokens",
     "parallel.pp_size=3": "num_hidden_layers 4 is not a multiple of parallel.pp_size 3",
     "model.architecture.head_dim=31": "head_dim 31 is odd",
     "model.architecture.max_position_embeddings=32": "run past max_position_embeddings 32",

@@ -50,7 +50,7 @@ def test_overrides_replace_fields_of_tables_arrays_and_absent_tables():
             "zero.num_steps=3",
             "seed_stage.phases.1.num_steps=7",
             "beta.optimizer.learning_rate=1e-4",
-            "trainer.positions=paper",
+            "trainer.dtype=bf16",
             "run.output_dir=/scratch/me",
         ],
     )
@@ -58,7 +58,7 @@ def test_overrides_replace_fields_of_tables_arrays_and_absent_tables():
     assert config.seed_stage is not None
     assert [phase.num_steps for phase in config.seed_stage.phases][1] == 7
     assert config.beta.optimizer.learning_rate == 1e-4
-    assert config.trainer.positions == "paper"
+    assert config.trainer.dtype == "bf16"
     assert config.run.output_dir == "/scratch/me"
 
 
