@@ -20,7 +20,7 @@ PHASE = "{num_steps=9, samples_per_step=2, optimizer={learning_rate=1}"
 ONE_RULE_EACH = {
     "run.name=a/b": "run.name 'a/b' names a folder",
     "model.path=here": "model.path and [model.architecture] are both set",
-    "task.min_parts=6": "task.min_parts 5 is above task.max_parts",
+    "task.min_parts=6": "task.min_parts 6 is above task.max_parts",
     "task.min_addend=10": "task.min_addend 10 is above task.max_addend 9",
     "engine.max_plans=2": "set engine.max_plans = ",
     "sampling.max_critical_path=9999": "is longer than all tokens together",
