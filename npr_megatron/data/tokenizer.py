@@ -17,7 +17,7 @@ from npr_megatron.schema.tags import Tag, Vocabulary
 
 _HOW_TO_ADD_TAGS = (
     "give the model a tokenizer in which each of them is one token: "
-    "npr_megatron.data.tag_rows.add_tags(folder_in, folder_out) places the tags in spare rows"
+    "`npr add-tags MODEL_FOLDER NEW_FOLDER` places the tags in spare rows"
 )
 
 

@@ -48,10 +48,6 @@ class Vocabulary:
         """Largest legal number of plans per guideline."""
         return len(self.index_ids)
 
-    def tag_of(self, token_id: int) -> Tag | None:
-        """Return the tag spelt by ``token_id``, or None for text, newline and end tokens."""
-        return self.tags.get(token_id)
-
     @property
     def tags(self) -> dict[int, Tag]:
         """Id of each tag to the tag, in the order of :class:`Tag`."""

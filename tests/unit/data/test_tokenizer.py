@@ -64,7 +64,7 @@ def test_a_tokenizer_without_tags_is_refused_naming_every_offender(chat_folder):
     assert all(f"{tag} is [" in message for tag in Tag)
     assert "newline" in message.split("found")[0]
     assert "a newline is" not in message, "the newline of this tokenizer is fine"
-    assert "add_tags" in message
+    assert "add-tags" in message
 
 
 def test_a_tag_that_swallows_the_newline_behind_it_is_refused(sums_folder, tmp_path):
