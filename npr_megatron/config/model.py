@@ -1,15 +1,38 @@
-"""Architecture of a Qwen3-like decoder, in the words of its HF ``config.json``."""
+"""Architecture of a decoder, in the words of its HF ``config.json``."""
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from npr_megatron.config.base import Section
 
 
-class ModelConfig(Section):
-    """Dense Qwen3: RMSNorm, grouped-query attention with q/k norms, SwiGLU, rotary positions."""
+class MoeConfig(Section):
+    """Routed experts, in place of the MLP of all layers but the first ``num_dense_layers``."""
 
+    num_experts: PositiveInt
+    num_experts_per_tok: PositiveInt
+    moe_intermediate_size: PositiveInt
+    """Inner width of one expert."""
+    num_dense_layers: NonNegativeInt = 0
+    """Leading layers that keep a dense MLP of ``intermediate_size``."""
+    shared_intermediate_size: NonNegativeInt = 0
+    """Inner width of the shared experts taken together; 0 without any."""
+    has_expert_bias: bool = False
+    """The router has a correction bias per expert, fp32, not trained by gradients."""
+
+
+class ModelConfig(Section):
+    """Decoder with RMSNorm, grouped-query attention, SwiGLU and rotary positions, without biases.
+
+    Weights of every family can be laid out, moved and converted; training and decoding know dense
+    Qwen3.
+    """
+
+    family: Literal["qwen3", "qwen3_moe", "llama", "glm4_moe"] = "qwen3"
+    """``model_type`` of HF: gives parameters their names."""
     num_hidden_layers: PositiveInt
     hidden_size: PositiveInt
     num_attention_heads: PositiveInt
@@ -22,6 +45,9 @@ class ModelConfig(Section):
     rms_norm_eps: PositiveFloat = 1e-6
     tie_word_embeddings: bool = True
     max_position_embeddings: PositiveInt = 4096
+    has_qk_norm: bool = True
+    """RMSNorm over each query and key head."""
+    moe: MoeConfig | None = None
 
 
 class InitConfig(Section):

@@ -10,7 +10,7 @@ from npr_megatron.config.base import Section
 
 
 class ParallelConfig(Section):
-    """Megatron parallelism. World size = tp * pp * dp."""
+    """Megatron parallelism. World size = tp * cp * dp * pp; ep * etp divides tp * cp * dp."""
 
     tp_size: PositiveInt = 1
     """Tensor parallel; above 1 it brings sequence parallelism with it."""
@@ -18,11 +18,28 @@ class ParallelConfig(Section):
     """Pipeline parallel (1F1B)."""
     dp_size: PositiveInt = 1
     """Data parallel, with the distributed optimizer."""
+    cp_size: PositiveInt = 1
+    """Context parallel; never cuts weights."""
+    ep_size: PositiveInt = 1
+    """Expert parallel, inside tp * cp * dp."""
+    etp_size: PositiveInt | None = None
+    """Tensor parallel of the routed experts; None: ``tp_size``."""
+    vpp_size: PositiveInt = 1
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    num_layers_in_first_stage: NonNegativeInt | None = None
+    """Layers of the first pipeline stage, all its chunks together; None: an equal share."""
+    num_layers_in_last_stage: NonNegativeInt | None = None
+    account_for_embedding_in_pipeline_split: bool = False
+    """The embedding counts as one layer of the first stage."""
+    account_for_loss_in_pipeline_split: bool = False
+    """The head and the loss count as one layer of the last stage."""
+    pipeline_layout: str | None = None
+    """Megatron's layout string, ``Et*3|t*4|t*4L``: replaces every other rule of the split."""
 
     @property
     def world_size(self) -> int:
         """Trainer ranks."""
-        return self.tp_size * self.pp_size * self.dp_size
+        return self.tp_size * self.cp_size * self.dp_size * self.pp_size
 
 
 class TrainerConfig(Section):

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from npr_megatron.errors import EnvironmentFault, InputError, StaleWeightsError
-from npr_megatron.weights.tiles import RankLayout
+from npr_megatron.weights.storages import dtype_of
+from npr_megatron.weights.tiles import RankLayout, Storage
 
 NUM_SLOTS = 2
 _HEADER = struct.Struct("<8sq64s16sQ")
@@ -199,13 +200,14 @@ def _checked(run_id: str) -> str:
     return run_id
 
 
-def _storage_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def _storage_bytes(storage: Storage, dtype: torch.dtype) -> int:
     """Return the room of one storage, rounded up to the alignment."""
-    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    num_bytes = math.prod(storage.shape) * dtype_of(storage, dtype).itemsize
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _slot_bytes(rank_layout: RankLayout, dtype: torch.dtype) -> int:
-    payload = sum(_storage_bytes(storage.shape, dtype) for storage in rank_layout.storages)
+    payload = sum(_storage_bytes(storage, dtype) for storage in rank_layout.storages)
     return _HEADER_BYTES + -(-payload // _HEADER_BYTES) * _HEADER_BYTES
 
 
@@ -216,9 +218,9 @@ def _views(
     views: dict[str, Tensor] = {}
     for storage in rank_layout.storages:
         count = math.prod(storage.shape)
-        flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset)
+        flat = torch.frombuffer(mapping, dtype=dtype_of(storage, dtype), count=count, offset=offset)
         views[storage.name] = flat.view(storage.shape)
-        offset += _storage_bytes(storage.shape, dtype)
+        offset += _storage_bytes(storage, dtype)
     return views
 
 

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from npr_megatron.errors import LayoutError
 from npr_megatron.weights.box import Box, Index
-from npr_megatron.weights.tiles import Layout, Tile
+from npr_megatron.weights.tiles import Layout, Tile, spread
 
 _SPLIT_FRAC = 1 / 8
 """A load above this share of a source rank's fair load is cut over all replicas of it."""
@@ -25,7 +25,11 @@ _SPLIT_FRAC = 1 / 8
 
 @dataclass(frozen=True, slots=True, order=True)
 class Copy:
-    """``target[target_start : + shape] = source[source_start : + shape]``."""
+    """``target[target_start : + shape] = source[source_start : + shape]``.
+
+    ``shape`` has the axes of the parameter; those that a storage has beyond them come first, with
+    extent 1.
+    """
 
     target_rank: int
     target_storage: str
@@ -38,12 +42,12 @@ class Copy:
     @property
     def source_box(self) -> Box:
         """What is read."""
-        return Box.at(self.source_start, self.shape)
+        return Box.at(self.source_start, spread(self.shape, len(self.source_start)))
 
     @property
     def target_box(self) -> Box:
         """What is written."""
-        return Box.at(self.target_start, self.shape)
+        return Box.at(self.target_start, spread(self.shape, len(self.target_start)))
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,18 @@ class _Piece:
         return Copy(
             target_rank=self.target_rank,
             target_storage=here.storage,
-            target_start=self.box.moved(here.box.start, here.at).start,
+            target_start=_in_storage(self.box, here),
             source_rank=holder.rank,
             source_storage=there.storage,
-            source_start=self.box.moved(there.box.start, there.at).start,
+            source_start=_in_storage(self.box, there),
             shape=self.box.shape,
         )
+
+
+def _in_storage(box: Box, tile: Tile) -> Index:
+    """Return where a box inside ``tile`` begins in the tile's storage."""
+    extra = len(tile.at) - len(box.start)
+    return tile.at[:extra] + box.moved(tile.box.start, tile.at[extra:]).start
 
 
 def _intersect(source: Layout, target: Layout) -> list[_Piece]:
@@ -227,6 +237,13 @@ def _continuation(copy: Copy, shape: Index) -> Copy | None:
     return replace(
         copy,
         shape=shape,
-        target_start=(copy.target_start[0] + copy.shape[0], *copy.target_start[1:]),
-        source_start=(copy.source_start[0] + copy.shape[0], *copy.source_start[1:]),
+        target_start=below(copy.target_start, copy.shape),
+        source_start=below(copy.source_start, copy.shape),
     )
+
+
+def below(start: Index, shape: Index, num_rows: int | None = None) -> Index:
+    """Return the start of what lies ``num_rows`` (default: all) rows below a box's start."""
+    axis = len(start) - len(shape)
+    rows = shape[0] if num_rows is None else num_rows
+    return (*start[:axis], start[axis] + rows, *start[axis + 1 :])

@@ -1,9 +1,10 @@
 """What a layout consists of: storages, tiles, ranks, and the few ways weights are cut and stacked.
 
-A tile says that a box of a canonical (HF) parameter fills a box of the same shape of a storage. All
-layouts of dense models are permutations plus replicas, so tiles say everything. Invariants, relied
-upon by planner and digest: the distinct boxes of one parameter are disjoint and cover it; equal
-boxes are replicas. Imports no torch and touches no process group.
+A tile says that a box of a canonical (HF) parameter fills a box of the same shape of a storage; a
+storage may have leading axes that the parameter has not (stacked experts). All layouts are
+permutations plus replicas plus padding, so tiles say everything: what no tile covers is padding.
+Invariants, relied upon by planner and digest: the distinct boxes of one parameter are disjoint and
+cover it; equal boxes are replicas. Imports no torch and touches no process group.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from npr_megatron.weights.box import Box, Index
+
+PinnedDtype = Literal["fp32", "fp8_e4m3"]
+"""A dtype that a storage has whatever the dtype of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +28,17 @@ class Storage:
 
     name: str
     shape: Index
+    dtype: PinnedDtype | None = None
+    """None: that of the weights, chosen by whoever allocates them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """``storage[at : at + box.shape]`` holds ``parameter[box]``."""
+    """``storage[at : at + box.shape]`` holds ``parameter[box]``.
+
+    ``at`` has the axes of the storage; those it has beyond the parameter's come first, with
+    extent 1.
+    """
 
     parameter: str
     box: Box
@@ -37,7 +48,7 @@ class Tile:
     @property
     def storage_box(self) -> Box:
         """The box inside the storage."""
-        return Box.at(self.at, self.box.shape)
+        return Box.at(self.at, spread(self.box.shape, len(self.at)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +76,11 @@ class Layout:
     def layout_id(self) -> str:
         """SHA-256 of the whole declaration (64 hexadecimal digits)."""
         return hashlib.sha256(repr((self.kind, self.ranks)).encode()).hexdigest()
+
+
+def spread(shape: Index, num_axes: int) -> Index:
+    """Return ``shape`` with leading axes of extent 1, ``num_axes`` in all."""
+    return (1,) * (num_axes - len(shape)) + shape
 
 
 Piece = tuple[Storage, tuple[Tile, ...]]

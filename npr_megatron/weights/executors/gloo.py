@@ -18,7 +18,7 @@ from torch import Tensor
 
 from npr_megatron.errors import EnvironmentFault
 from npr_megatron.weights.executors.inproc import RankStorages, copy_boxes
-from npr_megatron.weights.plan import Copy, TransferPlan
+from npr_megatron.weights.plan import Copy, TransferPlan, below
 
 _Route = tuple[int, int]
 """Sending and receiving process."""
@@ -97,8 +97,8 @@ def _by_rows(copy: Copy, limit: int) -> Iterator[Copy]:
     for row in range(0, copy.shape[0], height):
         yield replace(
             copy,
-            source_start=(copy.source_start[0] + row, *copy.source_start[1:]),
-            target_start=(copy.target_start[0] + row, *copy.target_start[1:]),
+            source_start=below(copy.source_start, copy.shape, row),
+            target_start=below(copy.target_start, copy.shape, row),
             shape=(min(height, copy.shape[0] - row), *copy.shape[1:]),
         )
 
@@ -120,7 +120,8 @@ def _pack(copies: Iterable[Copy], sources: RankStorages) -> Tensor:
 def _unpack(buffer: Tensor, copies: Sequence[Copy], targets: RankStorages) -> None:
     for copy, part in zip(copies, buffer.split([_size(copy) for copy in copies]), strict=True):
         target = targets[copy.target_rank][copy.target_storage]
-        target[copy.target_box.slices].copy_(part.view(copy.shape))
+        region = target[copy.target_box.slices]
+        region.copy_(part.view(region.shape))
 
 
 def _transmit(

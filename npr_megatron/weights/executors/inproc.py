@@ -22,6 +22,6 @@ def execute(plan: TransferPlan, sources: RankStorages, targets: RankStorages) ->
 def copy_boxes(copies: Iterable[Copy], sources: RankStorages, targets: RankStorages) -> None:
     """Carry out ``copies``, in place."""
     for copy in copies:
-        target = targets[copy.target_rank][copy.target_storage]
+        region = targets[copy.target_rank][copy.target_storage][copy.target_box.slices]
         source = sources[copy.source_rank][copy.source_storage]
-        target[copy.target_box.slices].copy_(source[copy.source_box.slices])
+        region.copy_(source[copy.source_box.slices].view(region.shape))
