@@ -4,7 +4,7 @@ Layers, each importing only what stands below it (enforced by import-linter)::
 
     cli                                   what a user types
     pipeline                              the three stages, resumable
-    evaluation | launch | report          measure, place on machines, show
+    evaluation | launch | planning | report   measure, place on machines, foresee, show
     train      | rollout                  optimizer steps; the fleet of engines
     model      | engine                   Megatron GPT; NPR Engine
     data | rewards | weights | runtime    strangers

@@ -13,6 +13,7 @@ from npr_megatron.cli.check import check, schema
 from npr_megatron.cli.generate import generate
 from npr_megatron.cli.pipeline import pipeline
 from npr_megatron.cli.report import report
+from npr_megatron.cli.weights import weights
 from npr_megatron.errors import ConfigError, NprError
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command()(report)
 app.command()(add_tags)
 app.command()(check)
 app.command()(schema)
+app.add_typer(weights)
 
 
 def _show_version(is_wanted: bool) -> None:

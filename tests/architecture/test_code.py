@@ -16,7 +16,7 @@ SOURCES = sorted(
 )
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
-LIGHT = ("errors", "config", "records", "schema", "observability", "cli")
+LIGHT = ("errors", "config", "records", "schema", "observability", "planning", "cli")
 HEAVY = {"torch", "megatron", "ray", "transformers", "matplotlib", "safetensors"}
 
 
