@@ -8,14 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from npr_megatron.model.attention import DenseBranchCore, FlexBranchCore
@@ -23,22 +17,22 @@ from npr_megatron.model.norm import RMSNorm
 
 
 def block_spec(
-    config: TransformerConfig, device_type: Literal["cuda", "cpu"]
+    config: TransformerConfig, device_type: Literal["cuda", "cpu"], chunk: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Return the modules of this pipeline stage's layers and of the final norm."""
-    if device_type == "cuda":
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        layer: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-        layer.submodules.self_attention.submodules.core_attention = FlexBranchCore
-        final_norm: Any = TENorm
-    else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = DenseBranchCore
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        final_norm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=final_norm
+    """Return the modules of the layers and of the final norm of this stage, or of its ``chunk``."""
+    on_cuda = device_type == "cuda"
+    block: Any = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=on_cuda, normalization="RMSNorm", vp_stage=chunk
     )
+    for layer in block.layer_specs:
+        modules: Any = layer.submodules
+        attention = modules.self_attention.submodules
+        attention.core_attention = FlexBranchCore if on_cuda else DenseBranchCore
+        if on_cuda:
+            continue
+        modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if not on_cuda:
+        block.layer_norm = RMSNorm
+    return block

@@ -7,6 +7,8 @@ global batch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -22,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
 ) -> TransformerConfig:
-    """Return Megatron's description of a dense Qwen3 laid out as ``parallel``.
+    """Return Megatron's description of ``model`` laid out as ``parallel``.
 
     That the sizes divide is the business of ``weights.layout.trainer_layout``.
     """
@@ -35,7 +37,7 @@ def transformer_config(
         ffn_hidden_size=model.intermediate_size,
         layernorm_epsilon=model.rms_norm_eps,
         normalization="RMSNorm",
-        qk_layernorm=True,
+        qk_layernorm=model.has_qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -44,8 +46,10 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        **_pipeline_flags(parallel),
+        **_expert_flags(model, parallel),
         tensor_model_parallel_size=parallel.tp_size,
-        pipeline_model_parallel_size=parallel.pp_size,
+        context_parallel_size=parallel.cp_size,
         sequence_parallel=parallel.tp_size > 1,
         # Sums over tokens are divided once, by the token count of the whole global batch. DDP reads
         # this flag when it is built: without it gradients come out divided by dp as well.
@@ -62,6 +66,45 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
     )
+
+
+def _pipeline_flags(parallel: ParallelConfig) -> dict[str, Any]:
+    return {
+        "pipeline_model_parallel_size": parallel.pp_size,
+        # None, not 1: Megatron takes any number for an interleaved schedule.
+        "virtual_pipeline_model_parallel_size": (
+            parallel.vpp_size if parallel.vpp_size > 1 else None
+        ),
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_stage,
+        "account_for_embedding_in_pipeline_split": (
+            parallel.account_for_embedding_in_pipeline_split
+        ),
+        "account_for_loss_in_pipeline_split": parallel.account_for_loss_in_pipeline_split,
+        "pipeline_model_parallel_layout": parallel.pipeline_layout,
+    }
+
+
+def _expert_flags(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Top-k weights are normalised to 1: over a softmax, or over sigmoids where experts have a
+    correction bias."""
+    moe = model.moe
+    if moe is None:
+        return {}
+    num_moe_layers = model.num_hidden_layers - moe.num_dense_layers
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.num_experts_per_tok,
+        "moe_ffn_hidden_size": moe.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": moe.shared_intermediate_size or None,
+        "moe_layer_freq": [0] * moe.num_dense_layers + [1] * num_moe_layers,
+        "moe_router_enable_expert_bias": moe.has_expert_bias,
+        "moe_router_score_function": "sigmoid" if moe.has_expert_bias else "softmax",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": parallel.ep_size,
+        "expert_tensor_parallel_size": parallel.etp_size or parallel.tp_size,
+    }
 
 
 def _leave_unset(_: Tensor) -> None:

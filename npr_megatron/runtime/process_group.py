@@ -62,14 +62,14 @@ def start(info: RankInfo, parallel: ParallelConfig, *, seed: int = 1) -> RankPla
     always loaded).
 
     Raises:
-        ConfigError: world size is not tp * pp * dp.
+        ConfigError: world size is not tp * cp * dp * pp.
         EnvironmentFault: this process already is a rank.
     """
     from megatron.core import parallel_state, tensor_parallel
 
     if info.world_size != parallel.world_size:
         raise ConfigError(
-            f"the trainer needs tp * pp * dp = {parallel.world_size} ranks, "
+            f"the trainer needs tp * cp * dp * pp = {parallel.world_size} ranks, "
             f"{info.world_size} were started; change [parallel] or the number of processes"
         )
     if dist.is_initialized():
@@ -89,7 +89,12 @@ def start(info: RankInfo, parallel: ParallelConfig, *, seed: int = 1) -> RankPla
         timeout=_TIMEOUT,
     )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tp_size, pipeline_model_parallel_size=parallel.pp_size
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        virtual_pipeline_model_parallel_size=parallel.vpp_size if parallel.vpp_size > 1 else None,
+        context_parallel_size=parallel.cp_size,
+        expert_model_parallel_size=parallel.ep_size,
+        expert_tensor_parallel_size=parallel.etp_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()

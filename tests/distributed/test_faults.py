@@ -115,7 +115,7 @@ def open_with_error(rank, world_size, init_method, job):
 @pytest.mark.parametrize(
     ("parallel", "model", "error"),
     [
-        (ParallelConfig(dp_size=2), MODEL, ("ConfigError", "needs tp * pp * dp = 2 ranks")),
+        (ParallelConfig(dp_size=2), MODEL, ("ConfigError", "needs tp * cp * dp * pp = 2 ranks")),
         (
             ParallelConfig(),
             MODEL.model_copy(update={"num_key_value_heads": 3}),
