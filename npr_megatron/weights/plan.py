@@ -17,37 +17,11 @@ from itertools import pairwise
 
 from npr_megatron.errors import LayoutError
 from npr_megatron.weights.box import Box, Index
-from npr_megatron.weights.tiles import Layout, Tile, spread
+from npr_megatron.weights.copies import Copy
+from npr_megatron.weights.tiles import Layout, Tile
 
 _SPLIT_FRAC = 1 / 8
 """A load above this share of a source rank's fair load is cut over all replicas of it."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Copy:
-    """``target[target_start : + shape] = source[source_start : + shape]``.
-
-    ``shape`` has the axes of the parameter; those that a storage has beyond them come first, with
-    extent 1.
-    """
-
-    target_rank: int
-    target_storage: str
-    target_start: Index
-    source_rank: int
-    source_storage: str
-    source_start: Index
-    shape: Index
-
-    @property
-    def source_box(self) -> Box:
-        """What is read."""
-        return Box.at(self.source_start, spread(self.shape, len(self.source_start)))
-
-    @property
-    def target_box(self) -> Box:
-        """What is written."""
-        return Box.at(self.target_start, spread(self.shape, len(self.target_start)))
 
 
 @dataclass(frozen=True)
