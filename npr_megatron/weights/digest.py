@@ -6,13 +6,16 @@ modulo 2**64, with odd random keys and ``bits`` the bit pattern of the element a
 integer. Addition makes shards independent: each rank sums what it holds and the sums add up,
 without a gather. Keys belong to canonical coordinates, so swapped heads, layers or gate/up, shifted
 rows and single flipped bits all change D. Replicas are not summed twice but compared (``Census``).
-Not a cryptographic hash.
+Each tile has a digest of its own, which tells where two models differ. Not a cryptographic hash.
+
+Host tensors are summed by numpy (about 0.6 ns an element, fastest of what was tried), device tensors
+where they are, by integer operations that give the same numbers.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +29,9 @@ from npr_megatron.weights.storages import tile_view
 from npr_megatron.weights.tiles import Layout, Tile
 
 _UInt64Array = npt.NDArray[np.uint64]
-_SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_DEVICE_ELEMENTS = 2**24  # widened at a time: 128 MiB of scratch memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +68,24 @@ class Census:
             ranks.append(tuple(counted))
         self._ranks = tuple(ranks)
 
-    def shares(self, rank: int, storages: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return the share of ``rank`` in each cover, from its tensors (2, 4 or 8 bytes each)."""
+    def tile_digests(self, rank: int, storages: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Return the digest of each tile of ``rank``, in the order of its layout."""
+        return tuple(
+            digest_box(tile.parameter, tile.box, tile_view(tile, storages))
+            for tile in (counted.tile for counted in self._ranks[rank])
+        )
+
+    def sum_tiles(self, rank: int, tile_digests: Sequence[int]) -> tuple[int, ...]:
+        """Return the share of ``rank`` in each cover, from the digests of its tiles."""
         sums = [0] * self.num_covers
-        for counted in self._ranks[rank]:
-            tile = counted.tile
-            value = digest_box(tile.parameter, tile.box, tile_view(tile, storages))
+        for counted, value in zip(self._ranks[rank], tile_digests, strict=True):
             for cover in counted.covers:
                 sums[cover] += value
         return tuple(value % 2**64 for value in sums)
+
+    def shares(self, rank: int, storages: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Return the share of ``rank`` in each cover, from its tensors (1, 2, 4 or 8 bytes each)."""
+        return self.sum_tiles(rank, self.tile_digests(rank, storages))
 
 
 def digests(shares: Iterable[tuple[int, ...]]) -> set[int]:
@@ -82,18 +95,42 @@ def digests(shares: Iterable[tuple[int, ...]]) -> set[int]:
 
 def digest_box(parameter: str, box: Box, values: Tensor) -> int:
     """Return the share of ``parameter[box]``, given its values."""
-    bits = np.atleast_2d(_bits(values))
     row_keys = np.ones(1, np.uint64)
     if len(box.start) == 2:
         row_keys = _keys(parameter, "row", box.start[0], box.stop[0])
     column_keys = _keys(parameter, "column", box.start[-1], box.stop[-1])
-    row_sums = np.einsum("rc,c->r", bits, column_keys)  # widens to 64 bits in small buffers
+    bits = torch.atleast_2d(values.detach()).view(_INTEGERS[values.element_size()])
+    add_up = _add_up_on_host if bits.device.type == "cpu" else add_up_on_device
+    return add_up(bits, row_keys, column_keys)
+
+
+def _add_up_on_host(bits: Tensor, row_keys: _UInt64Array, column_keys: _UInt64Array) -> int:
+    words = bits.numpy().view(_UNSIGNED[bits.element_size()])
+    row_sums = np.einsum("rc,c->r", words, column_keys)  # widens to 64 bits in small buffers
     return int(np.dot(row_sums, row_keys))
 
 
-def _bits(values: Tensor) -> npt.NDArray[np.unsignedinteger]:
-    size = values.element_size()
-    return values.detach().cpu().view(_SIGNED[size]).numpy().view(_UNSIGNED[size])
+def add_up_on_device(bits: Tensor, row_keys: _UInt64Array, column_keys: _UInt64Array) -> int:
+    """Return the sum of ``row_keys[r] * column_keys[c] * bits[r, c]`` modulo 2**64.
+
+    Signed 64-bit products and sums wrap around to the same bits as unsigned ones.
+
+    Args:
+        bits: [R, C] integers of 1, 2, 4 or 8 bytes on any device; only the sum leaves it.
+    """
+    rows, columns = (
+        torch.from_numpy(keys.view(np.int64)).to(bits.device) for keys in (row_keys, column_keys)
+    )
+    mask = (1 << 8 * bits.element_size()) - 1
+    height = max(1, _DEVICE_ELEMENTS // bits.shape[1])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.shape[0], height):
+        words = bits[start : start + height].to(torch.int64)
+        if bits.element_size() < 8:
+            words &= mask  # undoes the sign extension
+        row_sums = words.mul_(columns).sum(1)
+        total += row_sums.mul_(rows[start : start + height]).sum()
+    return int(total) % 2**64
 
 
 def _keys(parameter: str, axis: str, start: int, stop: int) -> _UInt64Array:

@@ -36,6 +36,12 @@ def dtype_of(storage: Storage, weights: torch.dtype) -> torch.dtype:
     return weights if storage.dtype is None else _PINNED[storage.dtype]
 
 
+def weights_dtype(rank_layout: RankLayout, storages: Mapping[str, Tensor]) -> torch.dtype | None:
+    """Return the dtype of the storages that have none pinned; None if all have."""
+    free = (storage.name for storage in rank_layout.storages if storage.dtype is None)
+    return next((storages[name].dtype for name in free), None)
+
+
 def check_storages(rank_layout: RankLayout, storages: Mapping[str, Tensor]) -> None:
     """Require ``storages`` to be exactly those of ``rank_layout``, of one dtype where not pinned.
 
