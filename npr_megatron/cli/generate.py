@@ -12,7 +12,7 @@ import typer
 
 from npr_megatron.cli.interrupt import interruptible
 from npr_megatron.cli.options import Json
-from npr_megatron.config.hf_architecture import read_architecture
+from npr_megatron.config.hf_architecture import read_trainable_architecture
 from npr_megatron.errors import InputError
 from npr_megatron.records.trajectory import Trajectory
 
@@ -69,7 +69,7 @@ def generate(
 def default_budget(model_folder: Path) -> int:
     """Return half of the positions the model knows, the rest being for the prompt; at most
     8,192."""
-    return min(read_architecture(model_folder).max_position_embeddings // 2, 8192)
+    return min(read_trainable_architecture(model_folder).max_position_embeddings // 2, 8192)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -13,17 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from npr_megatron.config.hf_architecture import read_architecture
+from npr_megatron.config.hf_architecture import read_trainable_architecture
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.run import PromptFileTask, RunConfig, SumsTask
 from npr_megatron.config.stages import SftPhase
-from npr_megatron.config.training import OptimizerConfig
+from npr_megatron.config.training import OptimizerConfig, ParallelConfig
 from npr_megatron.errors import InputError
 
 ROW_MULTIPLE = 16
 """Packed rows are padded to a multiple of this many tokens."""
 MIN_BF16_GAP = 0.01
 """Two kernels that compute the same in bf16 differ by about this much in log-probs."""
+
+_TRAINED_DEGREES = ("tp_size", "pp_size", "dp_size")
+"""What of ParallelConfig the trainer runs with."""
 
 
 def check_run(config: RunConfig, architecture: ModelConfig | None = None) -> list[str]:
@@ -37,7 +40,9 @@ def check_run(config: RunConfig, architecture: ModelConfig | None = None) -> lis
     model = config.model.architecture or architecture
     problems = [*_start(config), *_task(config), *_budgets(config), *_precision(config)]
     if model is not None:
-        problems += [*_shape(model), *_layout(config, model), *_positions(config, model)]
+        problems += [*_family(model), *_shape(model)]
+        problems += [*_layout(config, model), *_positions(config, model)]
+    problems += _parallelism(config.parallel)
     return [*problems, *_stages(config), *_cluster(config)]
 
 
@@ -47,7 +52,7 @@ def check_files(config: RunConfig) -> tuple[ModelConfig | None, list[str]]:
     architecture = None
     if config.model.path is not None:
         try:
-            architecture = read_architecture(config.model.path)
+            architecture = read_trainable_architecture(config.model.path)
         except InputError as error:
             problems.append(f"model.path: {error}")
     if isinstance(config.task, PromptFileTask):
@@ -159,6 +164,36 @@ def _precision(config: RunConfig) -> Iterator[str]:
             f"trainer.max_logprob_gap {trainer.max_logprob_gap:g} is below the rounding of bf16 "
             f"({MIN_BF16_GAP:g}); raise it, or use fp32"
         )
+
+
+def _family(model: ModelConfig) -> Iterator[str]:
+    """Weights of more models can be laid out than training and decoding compute."""
+    if model.family != "qwen3":
+        yield (
+            f"model.architecture.family is {model.family} and training computes dense Qwen3 only; "
+            'use family = "qwen3"'
+        )
+    if not model.has_qk_norm:
+        yield (
+            "model.architecture.has_qk_norm is false and training normalises queries and keys, as "
+            "Qwen3 does; remove it"
+        )
+    if model.moe is not None:
+        yield (
+            f"model.architecture.moe has {model.moe.num_experts} experts and training computes "
+            "dense layers only; remove [model.architecture.moe]"
+        )
+
+
+def _parallelism(parallel: ParallelConfig) -> Iterator[str]:
+    """A layout for weights may be asked for that the trainer does not run with."""
+    for name, field in ParallelConfig.model_fields.items():
+        value = getattr(parallel, name)
+        if name not in _TRAINED_DEGREES and value != field.default:
+            yield (
+                f"parallel.{name} is {json.dumps(value)} and the trainer runs without it (weights "
+                "can be laid out and converted so); remove it"
+            )
 
 
 def _shape(model: ModelConfig) -> Iterator[str]:

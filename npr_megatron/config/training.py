@@ -35,6 +35,9 @@ class ParallelConfig(Section):
     """The head and the loss count as one layer of the last stage."""
     pipeline_layout: str | None = None
     """Megatron's layout string, ``Et*3|t*4|t*4L``: replaces every other rule of the split."""
+    vocab_divisor: PositiveInt = 1
+    """Rows of embedding and head are padded to a multiple of vocab_divisor * tp (128 where
+    Megatron's own scripts pad)."""
 
     @property
     def world_size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from npr_megatron.config.engine import EngineConfig
-from npr_megatron.config.hf_architecture import read_architecture
+from npr_megatron.config.hf_architecture import read_trainable_architecture
 from npr_megatron.engine.engine import Engine
 from npr_megatron.schema.tags import Vocabulary
 from npr_megatron.weights.hf import read_hf
@@ -19,7 +19,7 @@ def open_engine(folder: Path, config: EngineConfig, vocabulary: Vocabulary) -> E
     Raises:
         InputError: the folder holds no model of a supported architecture.
     """
-    model = read_architecture(folder)
+    model = read_trainable_architecture(folder)
     engine = Engine(model, config, vocabulary)
     with read_hf(folder, model) as checkpoint:
         load_tiles(engine_layout(model).ranks[0], checkpoint.read, engine.staging())

@@ -26,6 +26,7 @@ from npr_megatron.config.model import InitConfig, ModelConfig
 from npr_megatron.errors import InputError, LayoutError
 from npr_megatron.records.randomness import derive_seed
 from npr_megatron.weights.box import Box
+from npr_megatron.weights.hf_config import hf_config
 from npr_megatron.weights.layout import canonical_layout
 from npr_megatron.weights.names import EMBEDDING, LM_HEAD, Parameter, canonical_parameters
 from npr_megatron.weights.storages import check_storages
@@ -43,22 +44,6 @@ _COPIED_FILES = (
 _COPIED_CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _READABLE_DTYPES = ("F32", "BF16", "F16")
-
-
-def hf_config(model: ModelConfig) -> dict[str, Any]:
-    """Return ``config.json`` of a Qwen3ForCausalLM, as ``config.hf_architecture`` reads it."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "rope_scaling": None,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "use_cache": True,
-        **model.model_dump(),
-    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

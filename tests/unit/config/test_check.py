@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from npr_megatron.config.check import check_all, check_run
-from npr_megatron.config.hf_architecture import read_architecture
 from npr_megatron.config.loader import load_run
-from npr_megatron.config.model import ModelConfig
-from npr_megatron.errors import InputError
+from tests.unit.config.hf_folders import write_qwen3
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 QUICKSTART = EXAMPLES / "quickstart" / "run.toml"
@@ -27,6 +24,21 @@ ONE_RULE_EACH = {
     "trainer.row_tokens=64": "do not fit trainer.row_tokens 64",
     "engine.num_kv_slots=100": "do not fit engine.num_kv_slots 100",
     "sampling.temperature=0": "makes all rollouts of a prompt equal",
+    "parallel.cp_size=2": "parallel.cp_size is 2 and the trainer runs without it",
+    "parallel.ep_size=2": "parallel.ep_size is 2",
+    "parallel.etp_size=1": "parallel.etp_size is 1",
+    "parallel.vpp_size=2": "parallel.vpp_size is 2",
+    "parallel.num_layers_in_first_stage=1": "parallel.num_layers_in_first_stage is 1",
+    "parallel.num_layers_in_last_stage=1": "parallel.num_layers_in_last_stage is 1",
+    "parallel.account_for_embedding_in_pipeline_split=true": "embedding_in_pipeline_split is true",
+    "parallel.account_for_loss_in_pipeline_split=true": "loss_in_pipeline_split is true",
+    "parallel.pipeline_layout=EttL": 'parallel.pipeline_layout is "EttL"',
+    "parallel.vocab_divisor=128": "parallel.vocab_divisor is 128",
+    "model.architecture.family=llama": "family is llama and training computes dense Qwen3 only",
+    "model.architecture.has_qk_norm=false": "has_qk_norm is false",
+    "model.architecture.moe={num_experts=4, num_experts_per_tok=1, moe_intermediate_size=8}": (
+        "model.architecture.moe has 4 experts"
+    ),
     "parallel.pp_size=3": "num_hidden_layers 4 is not a multiple of parallel.pp_size 3",
     "model.architecture.head_dim=31": "head_dim 31 is odd",
     "model.architecture.max_position_embeddings=32": "run past max_position_embeddings 32",
@@ -119,79 +131,6 @@ def test_bf16_needs_gpus_like_dtypes_and_a_gap_above_rounding():
 def test_joining_a_cluster_excludes_starting_one():
     config = load_run(QUICKSTART, ["cluster.ray_address=auto", "cluster.ray_port=6379"])
     assert "joins a cluster" in check_run(config)[0]
-
-
-QWEN3_4B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "max_position_embeddings": 262144,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 5000000,
-    "tie_word_embeddings": True,
-    "vocab_size": 151936,
-}
-
-
-def write_qwen3(folder: Path, **changes: object) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**QWEN3_4B, **changes}))
-    return folder
-
-
-def test_the_architecture_is_read_from_an_hf_folder(tmp_path):
-    expected = ModelConfig(
-        num_hidden_layers=36,
-        hidden_size=2560,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=9728,
-        vocab_size=151936,
-        rope_theta=5e6,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        max_position_embeddings=262144,
-    )
-    assert read_architecture(write_qwen3(tmp_path / "old")) == expected
-    new = write_qwen3(tmp_path / "new", rope_parameters={"rope_theta": 5e6, "rope_type": "default"})
-    table = json.loads((new / "config.json").read_text())
-    del table["rope_theta"]
-    (new / "config.json").write_text(json.dumps(table))
-    assert read_architecture(new) == expected
-
-
-def test_models_that_cannot_be_trained_are_refused_with_every_reason(tmp_path):
-    folder = write_qwen3(
-        tmp_path / "model",
-        architectures=["LlamaForCausalLM"],
-        vocab_size=0,
-        attention_bias=True,
-        rope_scaling={"rope_type": "yarn", "factor": 4.0},
-    )
-    with pytest.raises(InputError) as caught:
-        read_architecture(folder)
-    for part in (
-        'architectures is ["LlamaForCausalLM"], supported is ["Qwen3ForCausalLM"]',
-        "vocab_size cannot be 0",
-        "attention_bias is true",
-        'rope_type is "yarn"',
-    ):
-        assert part in str(caught.value)
-
-
-def test_a_key_that_hf_leaves_out_means_what_hf_means(tmp_path):
-    folder = write_qwen3(tmp_path / "model")
-    table = json.loads((folder / "config.json").read_text())
-    del table["tie_word_embeddings"]
-    (folder / "config.json").write_text(json.dumps(table))
-    assert read_architecture(folder).tie_word_embeddings is False
 
 
 def test_missing_model_and_data_are_reported_with_their_fields(tmp_path):
