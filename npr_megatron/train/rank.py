@@ -20,6 +20,7 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import OptimizerConfig, ParallelConfig, TrainerConfig
 from npr_megatron.errors import DivergenceError
 from npr_megatron.model.build import build_stage
+from npr_megatron.model.live_layout import check_live_layout, live_layout
 from npr_megatron.model.storages import stage_storages
 from npr_megatron.model.transformer_config import DTYPES
 from npr_megatron.records.sample import FloatArray
@@ -36,7 +37,7 @@ from npr_megatron.weights.executors.shared_memory import Publisher
 from npr_megatron.weights.hf import read_hf
 from npr_megatron.weights.layout import trainer_layout
 from npr_megatron.weights.publication import RankPublication
-from npr_megatron.weights.storages import check_storages, load_tiles
+from npr_megatron.weights.storages import load_tiles
 
 
 class TrainerRank:
@@ -62,7 +63,7 @@ class TrainerRank:
         Args:
             info: this process's place and the rendezvous.
             model: architecture.
-            parallel: layout; tp * pp * dp ranks.
+            parallel: layout; tp * cp * dp * pp ranks.
             trainer: numerics and limits.
             run_id: names this run's arenas; no two living runs of a node share it.
             arena_dir: memory-backed folder that :meth:`publish` writes to.
@@ -70,8 +71,8 @@ class TrainerRank:
 
         Raises:
             ConfigError: the number of ranks is not what ``parallel`` asks for.
-            LayoutError: the model cannot be laid out as ``parallel`` asks, or Megatron built other
-                parameters than ``weights.layout`` plans with.
+            LayoutError: the model cannot be laid out as ``parallel`` asks, or what Megatron built
+                is not what ``weights.layout`` plans with; lists every difference.
         """
         self._model, self._parallel, self._trainer = model, parallel, trainer
         self._run_id, self._arena_dir = run_id, arena_dir
@@ -84,8 +85,8 @@ class TrainerRank:
             self._gpt, self._wrapped = build_stage(model, parallel, self._dtype, self._place)
             self._cpu_world = process_group.cpu_world()
         self._gpt.config.finalize_model_grads_func = finalize_model_grads
-        self._storages = stage_storages(self._gpt)
-        check_storages(self._own_layout, self._storages)
+        check_live_layout(live_layout([self._gpt], model), self._own_layout)
+        self._storages = stage_storages([self._gpt])
         self._publisher: Publisher | None = None
         self._optimizer: MegatronOptimizer | None = None
         self._optimizer_config: OptimizerConfig | None = None

@@ -22,6 +22,7 @@ _FOREIGN_WARNINGS = (
     r"full scope is deprecated",
     r"MLP requires ffn_hidden_size",
     r"Warning: tp_group is None",
+    r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # of experts
     r"When using sequence parallelism it is recommended",
     r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
     r"The \.grad attribute of a Tensor that is not a leaf",  # the optimizer's shards are views
