@@ -20,15 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from npr_megatron.weights.box import Index
-
-ScaleRule = Literal["exact", "power_of_two"]
-"""How a scale follows from amax; engines with UE8M0 scales need powers of two."""
+from npr_megatron.weights.served_layout import ScaleRule
 
 QUANTISED = torch.float8_e4m3fn
 LARGEST = 448.0
