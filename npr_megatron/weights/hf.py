@@ -1,8 +1,9 @@
-"""HF checkpoints of dense Qwen3: read lazily, written whole, or drawn from random numbers.
+"""HF checkpoints of every family: read lazily, written whole, or drawn from random numbers.
 
-Tensors that the model does not have, or in a dtype that is not a plain float, are refused, never
-skipped. A written folder appears under its name only when complete. The architecture in
-``config.json`` is read by ``config.hf_architecture``, which needs no torch.
+Tensors that the model does not have, or in a dtype that is not a float, are refused, never skipped.
+Matrices in blockwise FP8 (``weight`` in e4m3 with a ``weight_scale_inv`` per block) are read as the
+numbers they stand for. A written folder appears under its name only when complete. The architecture
+in ``config.json`` is read by ``config.hf_architecture``, which needs no torch.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,8 +28,16 @@ from npr_megatron.records.randomness import derive_seed
 from npr_megatron.weights.box import Box
 from npr_megatron.weights.hf_config import hf_config
 from npr_megatron.weights.layout import canonical_layout
-from npr_megatron.weights.names import EMBEDDING, LM_HEAD, Parameter, canonical_parameters
-from npr_megatron.weights.storages import check_storages
+from npr_megatron.weights.names import (
+    EMBEDDING,
+    EXPERT_BIAS,
+    LM_HEAD,
+    Parameter,
+    canonical_parameters,
+)
+from npr_megatron.weights.safetensor_files import INDEX, SINGLE_FILE, OpenTensors, open_tensors
+from npr_megatron.weights.served_layout import scales_of, touched_blocks
+from npr_megatron.weights.storages import check_storages, weights_dtype
 
 _COPIED_FILES = (
     "tokenizer.json",
@@ -44,6 +52,9 @@ _COPIED_FILES = (
 _COPIED_CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _READABLE_DTYPES = ("F32", "BF16", "F16")
+_FP8 = "F8_E4M3"
+_FP8_BLOCK = 128
+"""Rows and columns that share a scale in the FP8 checkpoints of DeepSeek and Qwen."""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -62,19 +73,30 @@ class HfCheckpoint:
             load_tiles(rank_layout, checkpoint.read, storages)
     """
 
-    def __init__(self, files: ExitStack, owners: Mapping[str, Any]) -> None:
-        self._files = files
-        self._owners = owners
+    def __init__(self, tensors: OpenTensors) -> None:
+        self._tensors = tensors
 
     def read(self, parameter: str, box: Box) -> Tensor:
-        """Return ``parameter[box]`` in the dtype of the file; touches only those bytes."""
-        return self._owners[parameter].get_slice(parameter)[box.slices]
+        """Return ``parameter[box]``; touches only those bytes.
+
+        In the dtype of the file, or in fp32 where the file has blockwise FP8.
+        """
+        values = self._tensors.read(parameter, box)
+        if self._tensors.dtype(parameter) != _FP8:
+            return values
+        blocks = touched_blocks(box, _FP8_BLOCK)
+        scales = self._tensors.read(scales_of(parameter), blocks)
+        for axis, first in enumerate(box.start):
+            inside = first - blocks.start[axis] * _FP8_BLOCK
+            scales = scales.repeat_interleave(_FP8_BLOCK, axis)
+            scales = scales.narrow(axis, inside, box.shape[axis])
+        return values.float() * scales.float()
 
     def __enter__(self) -> HfCheckpoint:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._files.close()
+        self._tensors.close()
 
 
 def read_hf(path: str | Path, model: ModelConfig) -> HfCheckpoint:
@@ -84,44 +106,33 @@ def read_hf(path: str | Path, model: ModelConfig) -> HfCheckpoint:
     transformers does.
 
     Raises:
-        InputError: files are missing, or the tensors are not those of ``model``; lists all.
+        InputError: files are missing or cut short, or the tensors are not those of ``model``; lists
+            all.
     """
-    with ExitStack() as files:
-        try:
-            owners = {
-                name: opened
-                for file in _weight_files(Path(path))
-                for opened in [files.enter_context(safe_open(file, framework="pt"))]
-                for name in opened.keys()  # noqa: SIM118 - not a dict
-            }
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: weights cannot be read ({error})") from error
-        problems = _tensor_problems(owners, model)
-        if problems:
-            raise InputError(f"{path} does not hold the model asked for:\n" + "\n".join(problems))
-        return HfCheckpoint(files.pop_all(), owners)
+    tensors = open_tensors(path)
+    problems = _tensor_problems(tensors, model)
+    if problems:
+        tensors.close()
+        raise InputError(f"{path} does not hold the model asked for:\n" + "\n".join(problems))
+    return HfCheckpoint(tensors)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    return [folder / "model.safetensors"]
-
-
-def _tensor_problems(owners: Mapping[str, Any], model: ModelConfig) -> list[str]:
+def _tensor_problems(tensors: OpenTensors, model: ModelConfig) -> list[str]:
     expected = {parameter.name: parameter.shape for parameter in canonical_parameters(model)}
+    found = tensors.names
+    in_fp8 = {name for name in found & expected.keys() if tensors.dtype(name) == _FP8}
+    for name in in_fp8:
+        expected[scales_of(name)] = tuple(-(-n // _FP8_BLOCK) for n in expected[name])
     ignored = {LM_HEAD} if model.tie_word_embeddings else set[str]()
-    problems = [f"unknown tensor {name}" for name in owners.keys() - expected.keys() - ignored]
+    problems = [f"unknown tensor {name}" for name in found - expected.keys() - ignored]
     for name, shape in expected.items():
-        if name not in owners:
+        if name not in found:
             problems.append(f"missing tensor {name} {list(shape)}")
             continue
-        header = owners[name].get_slice(name)
-        if tuple(header.get_shape()) != shape:
-            problems.append(f"{name} has shape {header.get_shape()}, expected {list(shape)}")
-        if header.get_dtype() not in _READABLE_DTYPES:
-            problems.append(f"{name} is {header.get_dtype()}, readable are {_READABLE_DTYPES}")
+        if tensors.shape(name) != shape:
+            problems.append(f"{name} has shape {list(tensors.shape(name))}, expected {list(shape)}")
+        if tensors.dtype(name) not in _READABLE_DTYPES and name not in in_fp8:
+            problems.append(f"{name} is {tensors.dtype(name)}, readable are {_READABLE_DTYPES}")
     return sorted(problems)
 
 
@@ -139,7 +150,7 @@ def write_hf(
     at a time.
 
     Args:
-        tensors: every canonical parameter, of one dtype (fp32 or bf16).
+        tensors: every canonical parameter, of one dtype (fp32 or bf16) where none is pinned.
         source_folder: tokenizer files and special token ids are taken from there.
         max_file_bytes: weights are split over files of at most so many bytes (one tensor at least).
 
@@ -147,8 +158,9 @@ def write_hf(
         LayoutError: ``tensors`` are not the parameters of ``model``, or not fp32 or bf16.
         InputError: ``source_folder`` is not a folder.
     """
-    check_storages(canonical_layout(model).ranks[0], tensors)
-    config = hf_config(model) | {"dtype": _dtype_name(tensors)}
+    layout = canonical_layout(model).ranks[0]
+    check_storages(layout, tensors)
+    config = hf_config(model) | {"dtype": _dtype_name(weights_dtype(layout, tensors))}
     with _replaced_folder(Path(path)) as folder:
         if source_folder is not None:
             config |= _copy_companions(Path(source_folder), folder)
@@ -156,8 +168,7 @@ def write_hf(
         _write_tensors(folder, tensors, max_file_bytes)
 
 
-def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
-    dtype = next(iter(tensors.values())).dtype
+def _dtype_name(dtype: torch.dtype | None) -> str:
     if dtype not in _DTYPE_NAMES:
         raise LayoutError(f"an HF folder was to be written in {dtype}; give fp32 or bf16 tensors")
     return _DTYPE_NAMES[dtype]
@@ -186,7 +197,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_file_bytes: 
         files[-1][name] = tensor.detach().cpu().contiguous()
         room -= tensor.nbytes
     if len(files) == 1:
-        save_file(files[0], folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(files[0], folder / SINGLE_FILE, metadata={"format": "pt"})
         return
     weight_map: dict[str, str] = {}
     for number, part in enumerate(files, start=1):
@@ -195,7 +206,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_file_bytes: 
         weight_map |= dict.fromkeys(part, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
+    _write_json(folder / INDEX, index)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -233,7 +244,7 @@ def _flush(file: Path) -> None:
 
 
 def random_init(model: ModelConfig, init: InitConfig, seed: int) -> dict[str, Tensor]:
-    """Return fp32 canonical parameters of a new model; norms are 1.
+    """Return fp32 canonical parameters of a new model; norms are 1, biases 0.
 
     Each parameter is drawn from its own stream, keyed by its name and ``seed``: the values depend
     on no layout, rank or order.
@@ -247,6 +258,8 @@ def random_init(model: ModelConfig, init: InitConfig, seed: int) -> dict[str, Te
 def _random_parameter(
     parameter: Parameter, model: ModelConfig, init: InitConfig, seed: int
 ) -> Tensor:
+    if parameter.name.endswith(EXPERT_BIAS):
+        return torch.zeros(parameter.shape)
     if len(parameter.shape) == 1:
         return torch.ones(parameter.shape)
     std = init.matrix_gain / math.sqrt(parameter.shape[1])

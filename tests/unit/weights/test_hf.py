@@ -133,12 +133,93 @@ def test_head_stored_beside_a_tied_embedding_is_ignored(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("content", [None, b"not safetensors"])
-def test_missing_or_broken_weight_files_are_named(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, r"model\.safetensors is missing"), (b"not safetensors", r"model\.safetensors: ")],
+)
+def test_missing_or_broken_weight_files_are_named(tmp_path, content, problem):
     if content is not None:
         (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match="weights cannot be read"):
+    with pytest.raises(InputError, match=f"weights cannot be read.*\n{problem}"):
         read_hf(tmp_path, MODEL)
+
+
+@pytest.fixture
+def many_files(tmp_path):
+    folder = tmp_path / "many"
+    write_hf(folder, MODEL, random_init(MODEL, InitConfig(), 1), max_file_bytes=20_000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return folder, index, sorted(folder.glob("*.safetensors"))
+
+
+def test_every_missing_and_truncated_file_is_named_with_what_it_held(many_files):
+    folder, index, files = many_files
+    gone, short = files[0], files[1]
+    num_bytes = short.stat().st_size
+    gone.unlink()
+    with short.open("r+b") as opened:
+        opened.truncate(num_bytes - 1)
+    with pytest.raises(InputError) as refused:
+        read_hf(folder, MODEL)
+    held = [name for name, file in index.items() if file == gone.name]
+    assert f"{gone.name} is missing; it holds {len(held)} tensors" in str(refused.value)
+    assert (
+        f"{short.name} has {num_bytes - 1} bytes, its header announces {num_bytes}; 1 of its "
+        "tensors are cut off, the first is model."
+    ) in str(refused.value)
+
+
+def test_tensors_in_the_wrong_file_or_in_two_are_named(many_files):
+    folder, index, files = many_files
+    first, second = load_file(files[0]), load_file(files[1])
+    moved, doubled = [name for name, file in index.items() if file == files[0].name][:2]
+    second[doubled] = first[doubled]
+    del first[moved]
+    save_file(first, files[0])
+    save_file(second, files[1])
+    with pytest.raises(InputError) as refused:
+        read_hf(folder, MODEL)
+    assert f"{files[0].name} lacks {moved}, which" in str(refused.value)
+    assert f"{doubled} is in two files, one is {files[1].name}" in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["not json", "{}", '{"weight_map": 3}', "[]"])
+def test_a_broken_index_is_refused(many_files, text):
+    folder, _, _ = many_files
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match=r"index\.json was to name the file of each tensor"):
+        read_hf(folder, MODEL)
+
+
+def test_blockwise_fp8_is_read_as_the_numbers_it_stands_for(tmp_path):
+    model = tiny_model(hidden_size=144, intermediate_size=264, num_hidden_layers=1)
+    weights = random_init(model, InitConfig(), 1)
+    stored = dict(weights)
+    expected = dict(weights)
+    for name, tensor in weights.items():
+        if name.endswith("_proj.weight"):
+            grid = [-(-n // 128) for n in tensor.shape]
+            scales = torch.arange(1.0, 1 + math.prod(grid)).view(grid) / 64
+            stored[name], stored[f"{name}_scale_inv"] = tensor.to(torch.float8_e4m3fn), scales
+            factor = torch.kron(scales, torch.ones(128, 128))
+            factor = factor[: tensor.shape[0], : tensor.shape[1]]
+            expected[name] = stored[name].float() * factor
+    save_file(stored, tmp_path / "model.safetensors")
+    parallel = ParallelConfig(tp_size=4)
+    layout = trainer_layout(model, parallel)
+    ranks = [empty_storages(rank, torch.float32) for rank in layout.ranks]
+    with read_hf(tmp_path, model) as checkpoint:
+        for rank, storages in zip(layout.ranks, ranks, strict=True):
+            load_tiles(rank, checkpoint.read, storages)
+    assert num_different(ranks, trainer_storages(model, parallel, expected)) == 0
+
+    del stored["model.layers.0.mlp.up_proj.weight_scale_inv"]
+    stored["model.layers.0.mlp.down_proj.weight_scale_inv"] = torch.ones(1, 1)
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(InputError) as refused:
+        read_hf(tmp_path, model)
+    assert "missing tensor model.layers.0.mlp.up_proj.weight_scale_inv [3, 2]" in str(refused.value)
+    assert "down_proj.weight_scale_inv has shape [1, 1], expected [2, 3]" in str(refused.value)
 
 
 def test_random_model_depends_on_names_and_seed_alone():
