@@ -112,8 +112,3 @@ def _gated(prefix: str, inner: int, hidden: int) -> list[Parameter]:
         Parameter(f"{prefix}.up_proj.weight", (inner, hidden)),
         Parameter(f"{prefix}.down_proj.weight", (hidden, inner)),
     ]
-
-
-def layer_parameter(layer: int, suffix: str) -> str:
-    """Return the HF name of a parameter of decoder layer ``layer`` (from 0)."""
-    return f"model.layers.{layer}.{suffix}.weight"

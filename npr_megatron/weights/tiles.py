@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -109,21 +109,37 @@ def rank_of(pieces: Sequence[Piece]) -> RankLayout:
     )
 
 
-def whole(storage: str, parameter: str, shape: Index) -> Piece:
+def whole(storage: str, parameter: str, shape: Index, dtype: PinnedDtype | None = None) -> Piece:
     """Return a storage that is a parameter."""
     origin = (0,) * len(shape)
-    return Storage(storage, shape), (Tile(parameter, Box(origin, shape), storage, origin),)
+    tile = Tile(parameter, Box(origin, shape), storage, origin)
+    return Storage(storage, shape, dtype), (tile,)
 
 
-def stack(storage: str, segments: Sequence[Rows], width: int) -> Piece:
-    """Return a storage of full-width row segments, on top of each other."""
+def stack(storage: str, segments: Sequence[Rows], width: int, num_rows: int | None = None) -> Piece:
+    """Return a storage of full-width row segments, on top of each other.
+
+    Args:
+        num_rows: height of the storage; what the segments leave of it, at the end, is padding.
+    """
     tiles: list[Tile] = []
     row = 0
     for rows in segments:
         box = Box((rows.start, 0), (rows.stop, width))
         tiles.append(Tile(rows.parameter, box, storage, (row, 0)))
         row += rows.count
-    return Storage(storage, (row, width)), tuple(tiles)
+    return Storage(storage, (row if num_rows is None else num_rows, width)), tuple(tiles)
+
+
+def padded_rows(
+    storage: str, parameter: str, shape: Index, part: int, num_parts: int, multiple: int
+) -> Piece:
+    """Return one of ``num_parts`` equal row slices of a parameter whose rows are padded at the end
+    to a multiple of ``multiple``; a slice that is all padding has no tile."""
+    height = -(-shape[0] // multiple) * multiple // num_parts
+    start, stop = part * height, min((part + 1) * height, shape[0])
+    rows = [Rows(parameter, start, stop)] if start < stop else []
+    return stack(storage, rows, shape[1], height)
 
 
 def columns_of(storage: str, parameter: str, shape: Index, part: int, num_parts: int) -> Piece:
@@ -150,3 +166,29 @@ def cut(segments: Sequence[Rows], start: int, stop: int) -> list[Rows]:
             inside.append(Rows(rows.parameter, rows.start + low, rows.start + high))
         offset += rows.count
     return inside
+
+
+class Prefixed(dict[str, str]):
+    """Names with a prefix before them, each made once: ``Prefixed("a.")["b"]`` is ``a.b``."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix = prefix
+
+    def __missing__(self, name: str) -> str:
+        self[name] = full = self._prefix + name
+        return full
+
+
+def renamed(pieces: Iterable[Piece], parameters: Prefixed, storages: Prefixed) -> Iterator[Piece]:
+    """Yield ``pieces`` with prefixes before the names of their parameters and storages.
+
+    The layers of a model differ in their names only: one is cut, the others are renamed. That also
+    keeps one copy of every box.
+    """
+    for storage, tiles in pieces:
+        name = storages[storage.name]
+        yield (
+            Storage(name, storage.shape, storage.dtype),
+            tuple([Tile(parameters[tile.parameter], tile.box, name, tile.at) for tile in tiles]),
+        )
