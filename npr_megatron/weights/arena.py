@@ -1,57 +1,32 @@
 """A file of shared memory through which one source rank publishes its storages.
 
-Two slots alternate, so version v stays readable while v + 1 is written. Each slot begins with a
-header that names what it holds; the version is cleared before the first byte of a new version is
-written and set after the last, hence a reader that finds the same header before and after its
-copies has read one version. The whole file is reserved when it is created: later writes cannot
-fail for lack of memory. Its owner holds a lock on it while it lives, so an arena that nobody has
-locked is garbage and may be replaced.
+Two slots alternate, so version v stays readable while v + 1 is written (``weights.slots``). The
+whole file is reserved when it is created: later writes cannot fail for lack of memory. Its owner
+holds a lock on it while it lives; an arena that nobody has locked is garbage and may be replaced.
 """
 
 from __future__ import annotations
 
 import fcntl
-import math
 import mmap
 import os
 import re
-import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from npr_megatron.errors import EnvironmentFault, InputError, StaleWeightsError
-from npr_megatron.weights.storages import dtype_of
-from npr_megatron.weights.tiles import RankLayout, Storage
+from npr_megatron.weights.slots import Slots, slot_bytes
+from npr_megatron.weights.tiles import RankLayout
 
 NUM_SLOTS = 2
-_HEADER = struct.Struct("<8sq64s16sQ")
-_HEADER_BYTES = 4096  # one page
-_ALIGNMENT = 64  # a cache line: no two storages share one
-_MAGIC = b"NPRARENA"
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]+")
-
-
-@dataclass(frozen=True, slots=True)
-class SlotHeader:
-    """What a slot holds."""
-
-    version: int
-    """Negative while nothing complete is there."""
-    layout_id: str = ""
-    dtype: str = ""
-    digest: int = 0
-    """This rank's share in the first cover: what an inspector compares with the bytes."""
-
-
-EMPTY = SlotHeader(-1)
 
 
 def arena_bytes(rank_layout: RankLayout, dtype: torch.dtype) -> int:
     """Return the bytes of shared memory that one source rank's arena takes."""
-    return NUM_SLOTS * _slot_bytes(rank_layout, dtype)
+    return NUM_SLOTS * slot_bytes(rank_layout, dtype)
 
 
 def arena_path(arena_dir: str | Path, run_id: str, rank: int) -> Path:
@@ -79,19 +54,7 @@ def sweep_dead_arenas(arena_dir: str | Path) -> int:
 class Arena:
     """A mapped arena, as readers see it. Their mapping is private: they cannot write."""
 
-    def __init__(
-        self, mapping: mmap.mmap, rank_layout: RankLayout, dtype: torch.dtype, inode: int
-    ) -> None:
-        self._inode = inode
-        self._mapping = mapping
-        self._slot_bytes = _slot_bytes(rank_layout, dtype)
-        self._views = tuple(
-            _views(mapping, slot * self._slot_bytes, rank_layout, dtype)
-            for slot in range(NUM_SLOTS)
-        )
-
-    @classmethod
-    def open(cls, path: str | Path, rank_layout: RankLayout, dtype: torch.dtype) -> Arena:
+    def __init__(self, path: str | Path, rank_layout: RankLayout, dtype: torch.dtype) -> None:
         """Map an existing arena.
 
         Raises:
@@ -104,7 +67,9 @@ class Arena:
                 if status.st_size == size:
                     # Copy-on-write maps the same pages as long as nobody writes through it.
                     mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-                    return cls(mapping, rank_layout, dtype, status.st_ino)
+                    self.slots = Slots(_memory(mapping), rank_layout, dtype)
+                    self._inode = status.st_ino
+                    return
         except OSError as error:
             raise StaleWeightsError(
                 f"arena {path} cannot be read ({error}); its owner is gone, publish again"
@@ -124,31 +89,6 @@ class Arena:
         except FileNotFoundError:
             return False
 
-    def header(self, slot: int) -> SlotHeader:
-        """Return what ``slot`` holds at this moment."""
-        magic, version, layout_id, dtype, digest = _HEADER.unpack_from(
-            self._mapping, slot * self._slot_bytes
-        )
-        if magic != _MAGIC or version < 0:
-            return EMPTY
-        return SlotHeader(version, layout_id.decode(), dtype.rstrip(b"\0").decode(), digest)
-
-    def storages(self, slot: int) -> dict[str, Tensor]:
-        """Return views of the storages in ``slot``."""
-        return self._views[slot]
-
-    def write_header(self, slot: int, header: SlotHeader) -> None:
-        """State what ``slot`` holds; for the owner."""
-        _HEADER.pack_into(
-            self._mapping,
-            slot * self._slot_bytes,
-            _MAGIC,
-            header.version,
-            header.layout_id.encode(),
-            header.dtype.encode(),
-            header.digest,
-        )
-
 
 class OwnedArena:
     """The arena of a source rank: created by it, written by it, deleted by ``close``."""
@@ -163,26 +103,7 @@ class OwnedArena:
         size = arena_bytes(rank_layout, dtype)
         self._lock = _reserve(path, size)
         mapping = mmap.mmap(self._lock, size, access=mmap.ACCESS_WRITE)
-        self._arena = Arena(mapping, rank_layout, dtype, os.fstat(self._lock).st_ino)
-        self._current = 0
-
-    @property
-    def version(self) -> int:
-        """The newest complete version, negative if there is none."""
-        return max(map(self._version_in, range(NUM_SLOTS)))
-
-    def begin(self) -> dict[str, Tensor]:
-        """Empty the older slot and return its storages, to be filled before ``finish``."""
-        self._current = min(range(NUM_SLOTS), key=self._version_in)
-        self._arena.write_header(self._current, EMPTY)
-        return self._arena.storages(self._current)
-
-    def finish(self, header: SlotHeader) -> None:
-        """Declare the slot of the last ``begin`` complete."""
-        self._arena.write_header(self._current, header)
-
-    def _version_in(self, slot: int) -> int:
-        return self._arena.header(slot).version
+        self.slots = Slots(_memory(mapping), rank_layout, dtype)
 
     def close(self) -> None:
         """Delete the file. The memory is freed when the last reader drops its mapping."""
@@ -192,36 +113,16 @@ class OwnedArena:
             self._lock = -1
 
 
+def _memory(mapping: mmap.mmap) -> Tensor:
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
 def _checked(run_id: str) -> str:
     if not _RUN_ID.fullmatch(run_id):
         raise InputError(
             f"run id {run_id!r} becomes part of a file name; use letters, digits, '.', '_', '-'"
         )
     return run_id
-
-
-def _storage_bytes(storage: Storage, dtype: torch.dtype) -> int:
-    """Return the room of one storage, rounded up to the alignment."""
-    num_bytes = math.prod(storage.shape) * dtype_of(storage, dtype).itemsize
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _slot_bytes(rank_layout: RankLayout, dtype: torch.dtype) -> int:
-    payload = sum(_storage_bytes(storage, dtype) for storage in rank_layout.storages)
-    return _HEADER_BYTES + -(-payload // _HEADER_BYTES) * _HEADER_BYTES
-
-
-def _views(
-    mapping: mmap.mmap, offset: int, rank_layout: RankLayout, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    offset += _HEADER_BYTES
-    views: dict[str, Tensor] = {}
-    for storage in rank_layout.storages:
-        count = math.prod(storage.shape)
-        flat = torch.frombuffer(mapping, dtype=dtype_of(storage, dtype), count=count, offset=offset)
-        views[storage.name] = flat.view(storage.shape)
-        offset += _storage_bytes(storage, dtype)
-    return views
 
 
 def _reserve(path: Path, size: int) -> int:

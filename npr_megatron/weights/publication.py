@@ -69,6 +69,10 @@ class Publication:
             digest=found.pop(),
         )
 
+    def matches(self, digest_shares: Iterable[tuple[int, ...]]) -> bool:
+        """Return whether the shares of all ranks of a receiver add up to the published digest."""
+        return digests(digest_shares) == {self.digest}
+
     def check(self, digest_shares: Iterable[tuple[int, ...]]) -> None:
         """Require the shares of all ranks of a receiver to add up to the published digest.
 

@@ -1,0 +1,217 @@
+"""Publish a version into slots, pull a version out of slots: the same for host and device memory.
+
+Nothing is served on trust. The source keeps the digest of every tile beside the bytes; a receiver
+digests what it holds. If that is not what was published, it reads once more, and if that does not
+help it says which tensors are wrong: those whose source bytes changed since they were published,
+and those that did not arrive as they are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from npr_megatron.errors import LayoutError, StaleWeightsError
+from npr_megatron.weights.copies import Copy
+from npr_megatron.weights.digest import Census
+from npr_megatron.weights.executors.inproc import copy_boxes
+from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.publication import Publication, RankPublication
+from npr_megatron.weights.slots import SlotHeader, Slots
+from npr_megatron.weights.storages import check_storages, weights_dtype
+from npr_megatron.weights.tiles import Layout
+from npr_megatron.weights.verify import verify_transfer
+
+Fill = Callable[[Mapping[str, Tensor]], None]
+"""Writes every element of the storages it is given, in their dtypes."""
+
+_NAMES_SHOWN = 8
+
+
+class VersionWriter:
+    """Writes the versions of one source rank."""
+
+    def __init__(self, layout: Layout, rank: int, dtype: torch.dtype) -> None:
+        self._layout, self._rank, self._dtype = layout, rank, dtype
+        self._census = Census(layout)
+
+    @torch.no_grad()
+    def write(self, version: int, fill: Fill, slots: Slots, address: str) -> RankPublication:
+        """Have ``fill`` write the oldest slot and declare it to be ``version``.
+
+        If ``fill`` fails, what was the oldest version is gone and all others stay.
+
+        Raises:
+            StaleWeightsError: ``version`` is not above the last one.
+        """
+        if version <= slots.version:
+            raise StaleWeightsError(
+                f"version {version} was to be published after version {slots.version}; "
+                "versions must grow from 0"
+            )
+        slot = slots.begin()
+        views = slots.storages(slot)
+        fill(views)
+        digests = self._census.tile_digests(self._rank, views)
+        shares = self._census.sum_tiles(self._rank, digests)
+        header = SlotHeader(version, self._layout.layout_id, str(self._dtype), shares[0])
+        slots.finish(slot, header, digests)
+        return RankPublication(
+            version=version,
+            source_layout_id=header.layout_id,
+            rank=self._rank,
+            dtype=header.dtype,
+            arena_path=address,
+            digest_shares=shares,
+        )
+
+    def copy_of(self, storages: Mapping[str, Tensor]) -> Fill:
+        """Return the filling that copies ``storages``, cast once where dtypes differ.
+
+        Raises:
+            LayoutError: ``storages`` are not those of the layout.
+        """
+        check_storages(self._layout.ranks[self._rank], storages)
+
+        def fill(views: Mapping[str, Tensor]) -> None:
+            for name, view in views.items():
+                view.copy_(storages[name])
+
+        return fill
+
+
+class VersionReader:
+    """Reads versions for one target rank."""
+
+    def __init__(self, source: Layout, target: Layout, target_rank: int) -> None:
+        """Plan the transfer and prove the plan.
+
+        Raises:
+            LayoutError: the layouts are not of the same model.
+        """
+        plan = plan_transfer(source, target)
+        if problems := verify_transfer(plan, source, target):
+            raise LayoutError("the planned transfer is wrong:\n" + "\n".join(problems))
+        self.source, self._target, self._rank = source, target, target_rank
+        self._copies = plan.copies_to(target_rank)
+        self.source_ranks = sorted({copy.source_rank for copy in self._copies})
+        self._census = Census(target)
+
+    def check(self, publication: Publication, into: Mapping[str, Tensor]) -> torch.dtype:
+        """Require a publication of the source layout and staging that fits; return the dtype.
+
+        Raises:
+            StaleWeightsError: the publication is of another layout.
+            LayoutError: ``into`` is not laid out, or not of the dtype, as published.
+        """
+        if publication.source_layout_id != self.source.layout_id:
+            raise StaleWeightsError(
+                f"version {publication.version} was published from layout "
+                f"{publication.source_layout_id}, expected was {self.source.layout_id}; the "
+                "trainer was laid out anew, start a receiver for its layout"
+            )
+        rank_layout = self._target.ranks[self._rank]
+        check_storages(rank_layout, into)
+        dtype = weights_dtype(rank_layout, into)
+        if dtype is None or str(dtype) != publication.dtype:
+            raise LayoutError(
+                f"weights are published in {publication.dtype}, the receiver holds {dtype}; "
+                "publish in the dtype of the engines"
+            )
+        return dtype
+
+    def read(
+        self, publication: Publication, sources: Mapping[int, Slots], into: Mapping[str, Tensor]
+    ) -> tuple[int, ...]:
+        """Fill ``into`` and return this rank's digest shares; checks them if it is the only rank.
+
+        Raises:
+            StaleWeightsError: the version is gone, was overwritten while being read, or did not
+                arrive as published in two attempts; the message names tensors.
+        """
+        shares = self._read_once(publication, sources, into)
+        if len(self._target.ranks) > 1 or publication.matches([shares]):
+            return shares
+        shares = self._read_once(publication, sources, into)
+        if not publication.matches([shares]):
+            found = self.faults(publication, sources, into)
+            try:
+                publication.check([shares])
+            except StaleWeightsError as error:
+                raise StaleWeightsError(f"{error}; read twice, {_listed(found)}") from error
+        return shares
+
+    def faults(
+        self, publication: Publication, sources: Mapping[int, Slots], into: Mapping[str, Tensor]
+    ) -> list[str]:
+        """Return what differs from the publication, one phrase per tensor; reads everything again.
+
+        Raises:
+            StaleWeightsError: the version is gone or was overwritten meanwhile.
+        """
+        slots = {rank: find_slot(held, publication) for rank, held in sources.items()}
+        found: dict[str, None] = {}
+        census = Census(self.source)
+        for rank, held in sources.items():
+            there = held.tile_digests(slots[rank])
+            here = census.tile_digests(rank, held.storages(slots[rank]))
+            tiles = self.source.ranks[rank].tiles
+            for tile, one, other in zip(tiles, there, here, strict=True):
+                if one != other:
+                    found[f"{tile.parameter} changed on source rank {rank}"] = None
+        for copy in self._copies:
+            held = sources[copy.source_rank].storages(slots[copy.source_rank])
+            if not _arrived(copy, held, into):
+                found[f"{copy.target_storage} arrived wrong"] = None
+        return list(found)
+
+    def _read_once(
+        self, publication: Publication, sources: Mapping[int, Slots], into: Mapping[str, Tensor]
+    ) -> tuple[int, ...]:
+        slots = {rank: find_slot(held, publication) for rank, held in sources.items()}
+        before = {rank: held.header(slots[rank]) for rank, held in sources.items()}
+        views = {rank: held.storages(slots[rank]) for rank, held in sources.items()}
+        copy_boxes(self._copies, views, {self._rank: into})
+        for tensor in into.values():
+            if tensor.is_cuda:  # the copies are queued; the source must not be let go before them
+                torch.cuda.synchronize(tensor.device)
+                break
+        if before != {rank: held.header(slots[rank]) for rank, held in sources.items()}:
+            raise StaleWeightsError(
+                f"version {publication.version} was overwritten while it was read; pull the newest"
+            )
+        return self._census.shares(self._rank, into)
+
+
+def find_slot(held: Slots, publication: Publication) -> int:
+    """Return the slot that holds the published version.
+
+    Raises:
+        StaleWeightsError: none does.
+    """
+    headers = [held.header(slot) for slot in range(held.num_slots)]
+    for slot, header in enumerate(headers):
+        if header.version == publication.version and (
+            header.layout_id == publication.source_layout_id
+        ):
+            return slot
+    raise StaleWeightsError(
+        f"version {publication.version} is asked for, the arena holds versions "
+        f"{sorted(header.version for header in headers)}; pull the newest publication"
+    )
+
+
+def _arrived(copy: Copy, source: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> bool:
+    """Return whether a copy left the same bytes at its target; NaN is a value like any other."""
+    region = into[copy.target_storage][copy.target_box.slices].contiguous().view(torch.uint8)
+    wanted = source[copy.source_storage][copy.source_box.slices].contiguous().view(torch.uint8)
+    return torch.equal(region.flatten(), wanted.to(region.device).flatten())
+
+
+def _listed(names: Sequence[str]) -> str:
+    if not names:
+        return "every tensor is now as it is at the source: it changed in between"
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return "wrong: " + "; ".join(names[:_NAMES_SHOWN]) + more
