@@ -63,6 +63,15 @@ class RankLayout:
         """Elements of all storages."""
         return sum(math.prod(storage.shape) for storage in self.storages)
 
+    def content_hash(self) -> str:
+        """Return the SHA-256 of all storages and tiles in their order (64 hexadecimal digits)."""
+        # a quarter of the time of repr, which matters at 300,000 tiles
+        storages = [f"{s.name} {s.shape} {s.dtype}\n" for s in self.storages]
+        tiles = [
+            f"{t.parameter} {t.box.start} {t.box.stop} {t.storage} {t.at}\n" for t in self.tiles
+        ]
+        return hashlib.sha256("".join(storages + tiles).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -75,7 +84,10 @@ class Layout:
     @cached_property
     def layout_id(self) -> str:
         """SHA-256 of the whole declaration (64 hexadecimal digits)."""
-        return hashlib.sha256(repr((self.kind, self.ranks)).encode()).hexdigest()
+        # replicas are often one object: each is written out once, then counts by its own hash
+        hashes = {id(rank): rank.content_hash() for rank in self.ranks}
+        content = [self.kind, *(hashes[id(rank)] for rank in self.ranks)]
+        return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
 def spread(shape: Index, num_axes: int) -> Index:
