@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import PositiveFloat, PositiveInt, ValidationError
 
 from npr_megatron.config.base import Section
 from npr_megatron.config.explain import explain
@@ -34,7 +34,7 @@ class ClusterConfig(Section):
     """Host to device [GB/s]."""
     device_copy_gb_per_s: PositiveFloat = 1300.0
     """Payload of a copy inside HBM [GB/s]."""
-    hop_cost_us: float = Field(default=50.0, ge=0)
+    hop_cost_us: PositiveFloat = 50.0
     """What forwarding one chunk costs beside its bytes [us]."""
 
 
