@@ -18,7 +18,7 @@ from npr_megatron.config.engine import FleetConfig
 from npr_megatron.errors import EnvironmentFault
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.rollout.actors import Death, Seat, gather
-from npr_megatron.rollout.health import Event, ReplicaState
+from npr_megatron.rollout.health import Event, ReplicaState, Stamp
 from npr_megatron.rollout.replica import CALL_THREADS, Replica, ReplicaSpec
 from npr_megatron.weights.publication import Publication
 
@@ -158,7 +158,7 @@ class Crew:
         )
         for member, pid in pids.items():
             member.pid = pid
-            member.state = member.state.after(Event.READY)
+            member.state = member.state.after(Event.STARTED)
         publication = self.publication
         if publication is None:
             return dead
@@ -167,6 +167,7 @@ class Crew:
         caught_up, more = self.ask(
             staged, lambda m: m.actor.commit.remote(publication.version), "catching up"
         )
+        stamp = Stamp(publication.version, publication.digest)
         for member in caught_up:
-            member.state = member.state.after(Event.CAUGHT_UP, version=publication.version)
+            member.state = member.state.after(Event.CAUGHT_UP, serving=stamp)
         return dead | more | self.submit(caught_up)

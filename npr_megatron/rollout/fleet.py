@@ -29,7 +29,7 @@ from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import Trajectory
 from npr_megatron.rollout.actors import Death, Failure, Seat, gather, outcome
 from npr_megatron.rollout.crew import Crew, Deaths, Member
-from npr_megatron.rollout.health import Event, ReplicaState, judge_silence
+from npr_megatron.rollout.health import Event, ReplicaState, Stamp, judge_silence
 from npr_megatron.rollout.replica import ReplicaSpec, Report, request_id_of
 from npr_megatron.rollout.router import split_requests
 from npr_megatron.schema.tags import Vocabulary
@@ -145,7 +145,8 @@ class Fleet:
         )
         self._crew.publication = publication
         for member in committed:
-            member.state = member.state.after(Event.CAUGHT_UP, version=version)
+            stamp = Stamp(version, publication.digest)
+            member.state = member.state.after(Event.CAUGHT_UP, serving=stamp)
         self._crew.recover(dead | more)
 
     def generate(
@@ -189,7 +190,10 @@ class Fleet:
             )
 
     def _hand_out(self, requests: Sequence[GenerationRequest]) -> None:
-        members = [m for m in self._crew.members if m.state.is_routable(self.version)]
+        publication = self._crew.publication
+        assert publication is not None, "_require_ready comes before"
+        stamp = Stamp(publication.version, publication.digest)
+        members = [m for m in self._crew.members if m.state.is_routable(stamp)]
         shares = split_requests(requests, len(members))
         for member, share in zip(members, shares, strict=True):
             member.pending = {request.request_id: request for request in share}

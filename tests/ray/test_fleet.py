@@ -14,8 +14,9 @@ from npr_megatron.errors import EnvironmentFault, InputError, StaleWeightsError
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import DecodeMode, Trajectory
 from npr_megatron.rollout.fleet import Fleet
-from npr_megatron.rollout.health import Health, ReplicaState
+from npr_megatron.rollout.health import Health, ReplicaState, Stamp
 from npr_megatron.weights.layout import canonical_layout
+from npr_megatron.weights.publication import Publication
 from tests.engines import TINY, request_for
 from tests.ray.conftest import engine_with, made_up_weights
 from tests.structures import SMALL
@@ -50,6 +51,10 @@ LONG = [
 """Hundreds of steps when four run at once: time enough to hurt somebody."""
 
 
+def stamp_of(publication: Publication) -> Stamp:
+    return Stamp(publication.version, publication.digest)
+
+
 def assert_same(found: list[Trajectory], expected: list[Trajectory]) -> None:
     """Bitwise the same tokens under the same versions; log-probs up to the order of sums."""
     for one, other in zip(found, expected, strict=True):
@@ -79,7 +84,7 @@ def test_nothing_is_generated_before_weights_are_pushed(fleet):
 def test_two_replicas_answer_as_one_engine_in_this_process(fleet, publish):
     publication = publish(OLD)
     fleet.push(publication)
-    assert fleet.states == (ReplicaState(Health.HEALTHY, publication.version),) * 2
+    assert fleet.states == (ReplicaState(Health.HEALTHY, stamp_of(publication)),) * 2
     requests, arrived = requests_of(6, 4), []
     found = fleet.generate(requests, arrived.append)
     assert_same(found, engine_with(OLD, publication.version).generate(requests))
@@ -174,14 +179,14 @@ def test_a_killed_replica_is_replaced_and_the_answers_are_those_of_an_undisturbe
     assert_same(generate_and_hurt(fleet, LONG, signal.SIGKILL, victim=0), expected)
     assert fleet.num_restarts == restarts + 1
     assert fleet.pids[1] == survivor
-    assert fleet.states == (ReplicaState(Health.HEALTHY, fleet.version),) * 2
+    assert [state.health for state in fleet.states] == [Health.HEALTHY] * 2
 
 
 def test_a_replica_lost_while_idle_is_replaced_by_the_next_push(fleet, publish):
     os.kill(fleet.pids[1], signal.SIGKILL)
     publication = publish(NEW)
     fleet.push(publication)
-    assert fleet.states == (ReplicaState(Health.HEALTHY, publication.version),) * 2
+    assert fleet.states == (ReplicaState(Health.HEALTHY, stamp_of(publication)),) * 2
     requests = requests_of(4, 1)
     expected = engine_with(NEW, publication.version).generate(requests)
     assert_same(fleet.generate(requests), expected)

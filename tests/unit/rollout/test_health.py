@@ -6,42 +6,55 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npr_megatron.rollout.health import Event, Health, ReplicaState, judge_silence
+from npr_megatron.rollout.health import Event, Health, ReplicaState, Stamp, judge_silence
 from tests.structures import QUICK
 
 LEGAL = {
-    Health.STARTING: {Event.READY: Health.CATCHING_UP, Event.DIED: Health.DEAD},
-    Health.CATCHING_UP: {Event.CAUGHT_UP: Health.HEALTHY, Event.DIED: Health.DEAD},
+    Health.STARTING: {Event.STARTED: Health.CATCHING_UP, Event.DIED: Health.DEAD},
+    Health.CATCHING_UP: {
+        Event.CAUGHT_UP: Health.HEALTHY,
+        Event.FENCED: Health.FENCED,
+        Event.DIED: Health.DEAD,
+    },
     Health.HEALTHY: {
         Event.CAUGHT_UP: Health.HEALTHY,
+        Event.OUTDATED: Health.CATCHING_UP,
+        Event.FENCED: Health.FENCED,
         Event.PROGRESSED: Health.HEALTHY,
         Event.SILENT: Health.SUSPECT,
         Event.DIED: Health.DEAD,
     },
     Health.SUSPECT: {
         Event.CAUGHT_UP: Health.HEALTHY,
+        Event.OUTDATED: Health.CATCHING_UP,
+        Event.FENCED: Health.FENCED,
         Event.PROGRESSED: Health.HEALTHY,
         Event.SILENT: Health.SUSPECT,
         Event.DIED: Health.DEAD,
     },
+    Health.FENCED: {Event.ANSWERED: Health.CATCHING_UP, Event.DIED: Health.DEAD},
     Health.DEAD: {},
 }
 
 
+def stamp(version: int) -> Stamp:
+    return Stamp(version, digest=100 + version)
+
+
 def happen(state: ReplicaState, event: Event, version: int) -> ReplicaState:
-    return state.after(event, version=version if event is Event.CAUGHT_UP else None)
+    return state.after(event, serving=stamp(version) if event is Event.CAUGHT_UP else None)
 
 
 @pytest.mark.parametrize(("health", "event"), list(itertools.product(Health, Event)))
 def test_every_pair_of_health_and_event_goes_where_the_table_says_or_is_refused(health, event):
-    state = ReplicaState(health, version=4)
+    state = ReplicaState(health, stamp(4))
     expected = LEGAL[health].get(event)
     if expected is None:
         with pytest.raises(ValueError, match=f"{health}.*{event}"):
             happen(state, event, 5)
     else:
         after = happen(state, event, 5)
-        assert after == ReplicaState(expected, 5 if event is Event.CAUGHT_UP else 4)
+        assert after == ReplicaState(expected, stamp(5 if event is Event.CAUGHT_UP else 4))
 
 
 @QUICK
@@ -57,14 +70,14 @@ def test_no_history_makes_a_replica_routable_with_weights_it_did_not_commit(hist
             committed = version
         has_died |= event is Event.DIED
         for fleet_version in range(-1, 4):
-            if state.is_routable(fleet_version):
+            if state.is_routable(stamp(fleet_version)):
                 assert committed == fleet_version >= 0
                 assert not has_died
 
 
-def test_a_version_is_refused_with_any_event_but_catching_up():
+def test_a_stamp_is_refused_with_any_event_but_catching_up():
     with pytest.raises(ValueError, match="CAUGHT_UP"):
-        ReplicaState(Health.HEALTHY, 1).after(Event.PROGRESSED, version=2)
+        ReplicaState(Health.HEALTHY, stamp(1)).after(Event.PROGRESSED, serving=stamp(2))
     with pytest.raises(ValueError, match="CAUGHT_UP"):
         ReplicaState(Health.CATCHING_UP).after(Event.CAUGHT_UP)
 
