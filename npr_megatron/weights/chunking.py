@@ -57,7 +57,7 @@ def chunk_groups(
                 owner = part
                 if is_expert and model.moe is not None:
                     owner = lead[-1] * shape.ep_size // model.moe.num_experts
-                chunks = [ChunkBox(storage.name, b) for b in _rows_below(box, max_elements)]
+                chunks = [ChunkBox(storage.name, b) for b in row_bands(box, max_elements)]
                 groups[(stage, is_expert, owner)] += chunks
     return [groups[key] for key in sorted(groups)]
 
@@ -134,7 +134,7 @@ def _cut(box: Box, axis: int, num_parts: int) -> Iterator[Box]:
         )
 
 
-def _rows_below(box: Box, max_elements: int) -> Iterator[Box]:
+def row_bands(box: Box, max_elements: int) -> Iterator[Box]:
     """Yield bands of the rows of ``box`` (its last axis but one) of at most ``max_elements``."""
     axis = max(len(box.start) - 2, 0)
     per_row = math.prod(box.shape[:axis] + box.shape[axis + 1 :])

@@ -194,12 +194,12 @@ class WrittenEntry:
     length: int
 
 
-def write_tensor(stream: IO[bytes], tensor: Tensor) -> None:
-    """Append one chunk, contiguous and alone in its memory, to a part file."""
+def write_tensor(stream: Any, tensor: Tensor) -> None:
+    """Append one chunk, contiguous and alone in its memory, to a part file open for writing."""
     torch.save(tensor, stream)
 
 
-def write_empty_object(stream: IO[bytes]) -> None:
+def write_empty_object(stream: Any) -> None:
     """Append what Megatron saves for an ``_extra_state`` that is None."""
     torch.save([None], stream)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from npr_megatron.cli.weights.convert import convert
 from npr_megatron.cli.weights.plan import plan
 
 weights = typer.Typer(
@@ -17,3 +18,4 @@ weights = typer.Typer(
     "Start here:  [bold]npr weights plan qwen3-4b[/bold]",
 )
 weights.command()(plan)
+weights.command()(convert)
