@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.weights.executors.gloo import exchange
+from npr_megatron.weights.executors.process_group import exchange
 from npr_megatron.weights.hf import write_hf
 from npr_megatron.weights.layout import canonical_layout
 from npr_megatron.weights.plan import plan_transfer
@@ -49,6 +49,7 @@ def export_hf(
         target_processes=[0],
         sources={rank: on_cpu},
         targets={0: gathered} if rank == 0 else {},
+        dtype=dtype,
         process_group=cpu_world,
         timeout_s=_TIMEOUT_S,
     )

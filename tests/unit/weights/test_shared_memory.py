@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ from npr_megatron.errors import (
     LayoutError,
     StaleWeightsError,
 )
-from npr_megatron.weights.arena import OwnedArena, arena_bytes, arena_path, remove_arenas
+from npr_megatron.weights.arena import Arena, OwnedArena, arena_bytes, arena_path, remove_arenas
+from npr_megatron.weights.box import Box
 from npr_megatron.weights.executors.shared_memory import Publisher, Receiver
 from npr_megatron.weights.hf import random_init
 from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.storages import empty_storages
+from npr_megatron.weights.tiles import Layout, Storage, Tile, rank_of
 from tests.unit.weights.oracles import (
     Topology,
     element_ids,
@@ -40,6 +43,26 @@ MODEL = tiny_model()
 PARALLEL = ParallelConfig(tp_size=2, pp_size=2, dp_size=2)
 SOURCE = trainer_layout(MODEL, PARALLEL)
 ENGINE = engine_layout(MODEL)
+
+
+def expert_tile(number: int) -> Tile:
+    """Expert ``number`` of a stack of two."""
+    return Tile(f"e{number}", Box((0, 0), (4, 6)), "q", (number, 0, 0))
+
+
+PINNED = Layout(
+    "engine",
+    (
+        rank_of(
+            [
+                (Storage("q", (2, 4, 6), "fp8_e4m3"), (expert_tile(0), expert_tile(1))),
+                (Storage("bias", (3,), "fp32"), (Tile("b", Box((0,), (3,)), "bias", (0,)),)),
+                (Storage("w", (4, 2)), (Tile("w", Box((0, 0), (4, 2)), "w", (0, 0)),)),
+            ]
+        ),
+    ),
+)
+"""Stacked fp8 experts and an fp32 bias before the first storage of the weights' dtype."""
 
 
 def weights_of(seed: int, dtype: torch.dtype = torch.float32):
@@ -316,3 +339,100 @@ def test_folder_that_does_not_exist_and_names_that_leave_it_are_refused(tmp_path
         OwnedArena(arena_path(tmp_path / "absent", "run", 0), SOURCE.ranks[0], torch.float32)
     with pytest.raises(InputError, match="run id"):
         arena_path(tmp_path, "../run", 0)
+
+
+def test_a_filling_writes_the_arena_and_a_failed_one_leaves_the_newest_version(tmp_path):
+    layout = canonical_layout(MODEL)
+    wanted = weights_of(4)
+    publisher = Publisher(layout, 0, torch.float32, run_id="fill", arena_dir=tmp_path)
+
+    def fill(views):
+        for name, view in views.items():
+            view.copy_(wanted[name])
+
+    first = Publication.assemble([publisher.publish_with(0, fill)])
+    with pytest.raises(ZeroDivisionError):
+        publisher.publish_with(1, lambda views: 1 / 0)
+    into = staging()
+    Receiver(layout, ENGINE).pull(first, into)
+    assert num_different([into], engine_storages(MODEL, 1, wanted)) == 0
+    publisher.close()
+
+
+def test_pinned_dtypes_and_stacked_experts_arrive_bit_for_bit(tmp_path):
+    held = empty_storages(PINNED.ranks[0], torch.bfloat16)
+    for number, tensor in enumerate(held.values()):
+        tensor.view(torch.uint8).copy_(torch.randint(0, 256, tensor.view(torch.uint8).shape))
+        assert tensor.dtype == (torch.float8_e4m3fn, torch.float32, torch.bfloat16)[number]
+    with opened(tmp_path, PINNED, torch.bfloat16) as publish:
+        publication = publish(0, [held])
+        into = empty_storages(PINNED.ranks[0], torch.bfloat16)
+        Receiver(PINNED, PINNED).pull(publication, into)
+    for name, tensor in held.items():
+        assert torch.equal(into[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_byte_that_changed_at_the_source_is_named(publish):
+    publication = publish(0, seed=1)
+    storage = "decoder.layers.1.mlp.linear_fc2.weight"
+    for rank in (1, 3):  # data-parallel replicas; one of them is read
+        path = publication.arena_paths[rank]
+        views = Arena(path, SOURCE.ranks[rank], torch.float32).slots.storages(0)
+        flip(path, Path(path).read_bytes().index(views[storage].numpy().tobytes()))
+    name = r"model\.layers\.1\.mlp\.down_proj\.weight changed on source rank"
+    wrong = rf"wrong: {name} 1; {name} 3$"
+    with pytest.raises(StaleWeightsError, match=wrong):
+        Receiver(SOURCE, ENGINE).pull(publication, staging())
+
+
+class ChangingOnce(dict):
+    """Staging tensors of which one element is overwritten after the first copies into them."""
+
+    def __init__(self, tensors, num_times):
+        super().__init__(tensors)
+        self.num_times = num_times
+
+    def values(self):
+        if self.num_times:
+            self.num_times -= 1
+            self["norm.weight"][0] += 1
+        return super().values()
+
+
+def test_one_wrong_reading_is_repeated_and_two_are_reported(publish):
+    publication = publish(0, seed=1)
+    into = ChangingOnce(staging(), 1)
+    Receiver(SOURCE, ENGINE).pull(publication, into)
+    assert num_different([dict(into.items())], engine_storages(MODEL, 1, weights_of(1))) == 0
+    with pytest.raises(StaleWeightsError, match=r"read twice, wrong: norm\.weight arrived wrong$"):
+        Receiver(SOURCE, ENGINE).pull(publication, ChangingOnce(staging(), 2))
+
+
+def test_ranks_of_an_engine_whose_sum_is_wrong_find_the_tensor(publish):
+    target = engine_layout(MODEL, 2)
+    publication = publish(0, seed=1)
+    receivers = [Receiver(SOURCE, target, rank) for rank in range(2)]
+    held = [empty_storages(rank, torch.float32) for rank in target.ranks]
+    shares = [r.pull(publication, into) for r, into in zip(receivers, held, strict=True)]
+    publication.check(shares)
+    held[1]["layers.2.o_proj.weight"][0, 0] += 1
+    found = [r.faults(publication, into) for r, into in zip(receivers, held, strict=True)]
+    assert found == [[], ["layers.2.o_proj.weight arrived wrong"]]
+
+
+def test_a_peer_catches_up_from_an_engine_when_the_trainer_is_gone(tmp_path):
+    """The digest of the version survives trainer -> engine -> engine, also of another tp size."""
+    served = staging()
+    with opened(tmp_path) as publish:
+        original = publish(7, trainer_storages(MODEL, PARALLEL, weights_of(1)))
+        Receiver(SOURCE, ENGINE).pull(original, served)
+    peer = Publisher(ENGINE, 0, torch.float32, run_id="run.engine0", arena_dir=tmp_path)
+    again = Publication.assemble([peer.publish(7, served)])
+    assert (again.version, again.digest) == (original.version, original.digest)
+    late = staging()
+    Receiver(ENGINE, ENGINE).pull(again, late)
+    assert num_different([late], [served]) == 0
+    sharded = engine_layout(MODEL, 4)
+    held = [empty_storages(rank, torch.float32) for rank in sharded.ranks]
+    original.check(Receiver(ENGINE, sharded, rank).pull(again, held[rank]) for rank in range(4))
+    peer.close()
