@@ -21,7 +21,7 @@ def open_engine(folder: Path, config: EngineConfig, vocabulary: Vocabulary) -> E
     """
     model = read_trainable_architecture(folder)
     engine = Engine(model, config, vocabulary)
-    with read_hf(folder, model) as checkpoint:
-        load_tiles(engine_layout(model).ranks[0], checkpoint.read, engine.staging())
+    checkpoint = read_hf(folder, model)
+    load_tiles(engine_layout(model).ranks[0], checkpoint.read, engine.staging())
     engine.commit(1)
     return engine

@@ -106,8 +106,8 @@ class TrainerRank:
         Raises:
             InputError: the folder does not hold this architecture.
         """
-        with read_hf(path, self._model) as checkpoint:
-            load_tiles(self._own_layout, checkpoint.read, self._storages)
+        checkpoint = read_hf(path, self._model)
+        load_tiles(self._own_layout, checkpoint.read, self._storages)
         self._optimizer = self._optimizer_config = None
 
     def begin_stage(self, optimizer: OptimizerConfig, num_steps: int) -> None:

@@ -31,13 +31,18 @@ from npr_megatron.weights.layout import canonical_layout
 from npr_megatron.weights.names import (
     EMBEDDING,
     EXPERT_BIAS,
-    LM_HEAD,
     Parameter,
     canonical_parameters,
 )
-from npr_megatron.weights.safetensor_files import INDEX, SINGLE_FILE, OpenTensors, open_tensors
+from npr_megatron.weights.safetensors_files import (
+    INDEX_FILE,
+    file_names,
+    find_hf_tensors,
+    index_of,
+)
 from npr_megatron.weights.served_layout import scales_of, touched_blocks
 from npr_megatron.weights.storages import check_storages, weights_dtype
+from npr_megatron.weights.stored import StoredTensor, read_box
 
 _COPIED_FILES = (
     "tokenizer.json",
@@ -51,8 +56,8 @@ _COPIED_FILES = (
 )
 _COPIED_CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_READABLE_DTYPES = ("F32", "BF16", "F16")
-_FP8 = "F8_E4M3"
+_READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FP8 = torch.float8_e4m3fn
 _FP8_BLOCK = 128
 """Rows and columns that share a scale in the FP8 checkpoints of DeepSeek and Qwen."""
 
@@ -65,38 +70,39 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class HfCheckpoint:
-    """An open checkpoint whose parameters are read box by box.
+    """A checkpoint whose parameters are read box by box.
 
-    Use as a context manager::
+    Example::
 
-        with read_hf(folder, model) as checkpoint:
-            load_tiles(rank_layout, checkpoint.read, storages)
+        load_tiles(rank_layout, read_hf(folder, model).read, storages)
     """
 
-    def __init__(self, tensors: OpenTensors) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self._tensors = tensors
 
     def read(self, parameter: str, box: Box) -> Tensor:
-        """Return ``parameter[box]``; touches only those bytes.
+        """Return ``parameter[box]``; touches little more than those bytes.
 
         In the dtype of the file, or in fp32 where the file has blockwise FP8.
+
+        Raises:
+            InputError: a file is missing or shorter than it was.
         """
-        values = self._tensors.read(parameter, box)
-        if self._tensors.dtype(parameter) != _FP8:
+        values = self._read(parameter, box)
+        if values.dtype != _FP8:
             return values
         blocks = touched_blocks(box, _FP8_BLOCK)
-        scales = self._tensors.read(scales_of(parameter), blocks)
+        scales = self._read(scales_of(parameter), blocks).float()
         for axis, first in enumerate(box.start):
             inside = first - blocks.start[axis] * _FP8_BLOCK
             scales = scales.repeat_interleave(_FP8_BLOCK, axis)
             scales = scales.narrow(axis, inside, box.shape[axis])
-        return values.float() * scales.float()
+        return values.float() * scales
 
-    def __enter__(self) -> HfCheckpoint:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._tensors.close()
+    def _read(self, name: str, box: Box) -> Tensor:
+        into = torch.empty(box.shape, dtype=self._tensors[name].dtype)
+        read_box(self._tensors[name], box, into)
+        return into
 
 
 def read_hf(path: str | Path, model: ModelConfig) -> HfCheckpoint:
@@ -109,30 +115,29 @@ def read_hf(path: str | Path, model: ModelConfig) -> HfCheckpoint:
         InputError: files are missing or cut short, or the tensors are not those of ``model``; lists
             all.
     """
-    tensors = open_tensors(path)
-    problems = _tensor_problems(tensors, model)
+    tensors, problems = find_hf_tensors(Path(path), model)
     if problems:
-        tensors.close()
+        raise InputError(f"{path}: weights cannot be read:\n" + "\n".join(problems))
+    if problems := _tensor_problems(tensors, model):
         raise InputError(f"{path} does not hold the model asked for:\n" + "\n".join(problems))
     return HfCheckpoint(tensors)
 
 
-def _tensor_problems(tensors: OpenTensors, model: ModelConfig) -> list[str]:
+def _tensor_problems(tensors: Mapping[str, StoredTensor], model: ModelConfig) -> list[str]:
     expected = {parameter.name: parameter.shape for parameter in canonical_parameters(model)}
-    found = tensors.names
-    in_fp8 = {name for name in found & expected.keys() if tensors.dtype(name) == _FP8}
+    in_fp8 = [name for name in expected if name in tensors and tensors[name].dtype == _FP8]
     for name in in_fp8:
         expected[scales_of(name)] = tuple(-(-n // _FP8_BLOCK) for n in expected[name])
-    ignored = {LM_HEAD} if model.tie_word_embeddings else set[str]()
-    problems = [f"unknown tensor {name}" for name in found - expected.keys() - ignored]
+    problems = [f"unknown tensor {name}" for name in tensors.keys() - expected.keys()]
     for name, shape in expected.items():
-        if name not in found:
+        if name not in tensors:
             problems.append(f"missing tensor {name} {list(shape)}")
             continue
-        if tensors.shape(name) != shape:
-            problems.append(f"{name} has shape {list(tensors.shape(name))}, expected {list(shape)}")
-        if tensors.dtype(name) not in _READABLE_DTYPES and name not in in_fp8:
-            problems.append(f"{name} is {tensors.dtype(name)}, readable are {_READABLE_DTYPES}")
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.dtype not in _READABLE_DTYPES and name not in in_fp8:
+            problems.append(f"{name} is {tensor.dtype}, readable are {_READABLE_DTYPES}")
     return sorted(problems)
 
 
@@ -196,17 +201,13 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_file_bytes: 
             room = max_file_bytes
         files[-1][name] = tensor.detach().cpu().contiguous()
         room -= tensor.nbytes
-    if len(files) == 1:
-        save_file(files[0], folder / SINGLE_FILE, metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate(files, start=1):
-        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+    named = dict(zip(file_names([list(part) for part in files]), files, strict=True))
+    for file, part in named.items():
         save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / INDEX, index)
+    if len(named) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = index_of({file: list(part) for file, part in named.items()}, total)
+        _write_json(folder / INDEX_FILE, index)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

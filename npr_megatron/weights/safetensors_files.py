@@ -21,7 +21,20 @@ from npr_megatron.weights.names import LM_HEAD
 from npr_megatron.weights.stored import StoredChunk, StoredTensor
 
 INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
@@ -42,8 +55,13 @@ def find_hf_tensors(folder: Path, model: ModelConfig) -> tuple[dict[str, StoredT
             problems.append(f"{file} is missing{holds}{more}; copy it again")
             continue
         try:
-            for tensor in _tensors_of(file):
-                tensors[tensor.name] = tensor
+            found = {tensor.name: tensor for tensor in _tensors_of(file)}
+            problems += [
+                f"{name} is in two files, one is {file}" for name in found if name in tensors
+            ]
+            lost = [name for name in expected if name not in found]
+            problems += [f"{name} is not in {file}, where the index has it" for name in lost]
+            tensors |= found
         except _BrokenFileError as error:
             problems.append(str(error))
     if model.tie_word_embeddings:
@@ -60,14 +78,14 @@ def _weight_files(folder: Path, problems: list[str]) -> dict[Path, list[str]]:
     index = folder / INDEX_FILE
     if not index.exists():
         return {folder / "model.safetensors": []}
+    files: dict[Path, list[str]] = {}
     try:
         owners: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+        for name, file in sorted(owners.items()):
+            files.setdefault(folder / file, []).append(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problems.append(f"{index} is not the index of a checkpoint ({error!r}); copy it again")
         return {}
-    files: dict[Path, list[str]] = {}
-    for name, file in sorted(owners.items()):
-        files.setdefault(folder / file, []).append(name)
     return files
 
 

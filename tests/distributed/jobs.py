@@ -137,9 +137,9 @@ def gradients(rank: int, world_size: int, init_method: str, job: Job) -> dict[st
         gpt, wrapped = build_stage(job.model, job.parallel, dtype, place)
         gpt.config.finalize_model_grads_func = finalize_model_grads
         parameters = stage_parameters([gpt])
-        with read_hf(job.hf_folder, job.model) as checkpoint:
-            layout = trainer_layout(job.model, job.parallel).ranks[rank]
-            load_tiles(layout, checkpoint.read, {n: p.detach() for n, p in parameters.items()})
+        checkpoint = read_hf(job.hf_folder, job.model)
+        layout = trainer_layout(job.model, job.parallel).ranks[rank]
+        load_tiles(layout, checkpoint.read, {n: p.detach() for n, p in parameters.items()})
         wrapped.zero_grad_buffer()
         (batch,) = job.batches
         backward_losses(wrapped, batch.microbatches, batch.loss, job.model, dtype)

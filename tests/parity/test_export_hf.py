@@ -107,8 +107,7 @@ def test_what_transformers_writes_is_read_as_the_same_model(name, tmp_path):
     assert read_architecture(tmp_path / "theirs") == model
     layout = canonical_layout(model).ranks[0]
     again = empty_storages(layout, torch.float32)
-    with read_hf(tmp_path / "theirs", model) as checkpoint:
-        load_tiles(layout, checkpoint.read, again)
+    load_tiles(layout, read_hf(tmp_path / "theirs", model).read, again)
     assert [key for key, tensor in tensors.items() if not same(again[key], tensor)] == []
 
 

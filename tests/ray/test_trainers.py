@@ -92,8 +92,7 @@ def engine_storages(folder: Path) -> dict[str, torch.Tensor]:
     """Engine storages cut from an HF folder, past publisher, arenas and plan."""
     (layout,) = engine_layout(TINY).ranks
     storages = empty_storages(layout, torch.float32)
-    with read_hf(folder, TINY) as checkpoint:
-        load_tiles(layout, checkpoint.read, storages)
+    load_tiles(layout, read_hf(folder, TINY).read, storages)
     return storages
 
 

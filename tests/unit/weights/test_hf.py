@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from npr_megatron.config.model import InitConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import InputError, LayoutError
 from npr_megatron.weights.hf import hf_config, random_init, read_hf, write_hf
-from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.layout import canonical_layout, trainer_layout
 from npr_megatron.weights.storages import empty_storages, load_tiles
 from tests.unit.weights.oracles import num_different, tiny_model, trainer_storages
 
@@ -44,9 +45,9 @@ def test_written_folder_loads_into_trainer_shards(tmp_path, max_file_bytes):
     parallel = ParallelConfig(tp_size=4, pp_size=2)
     layout = trainer_layout(UNTIED, parallel)
     ranks = [empty_storages(rank, torch.float32) for rank in layout.ranks]
-    with read_hf(tmp_path / "model", read_architecture(tmp_path / "model")) as checkpoint:
-        for rank, storages in zip(layout.ranks, ranks, strict=True):
-            load_tiles(rank, checkpoint.read, storages)
+    checkpoint = read_hf(tmp_path / "model", read_architecture(tmp_path / "model"))
+    for rank, storages in zip(layout.ranks, ranks, strict=True):
+        load_tiles(rank, checkpoint.read, storages)
     assert num_different(ranks, trainer_storages(UNTIED, parallel, weights)) == 0
 
 
@@ -119,7 +120,7 @@ def test_every_wrong_tensor_of_a_checkpoint_is_listed(tmp_path):
     for problem in (
         "unknown tensor model.layers.0.self_attn.q_proj.bias",
         "model.norm.weight has shape [3], expected [16]",
-        "model.layers.1.mlp.up_proj.weight is I8",
+        "model.layers.1.mlp.up_proj.weight is torch.int8",
         "missing tensor model.layers.2.mlp.gate_proj.weight",
     ):
         assert problem in str(refused.value)
@@ -129,18 +130,25 @@ def test_head_stored_beside_a_tied_embedding_is_ignored(tmp_path):
     weights = random_init(MODEL, InitConfig(), 1)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, tmp_path / "model.safetensors")
-    with read_hf(tmp_path, MODEL):
-        pass
+    layout = canonical_layout(MODEL).ranks[0]
+    found = empty_storages(layout, torch.float32)
+    load_tiles(layout, read_hf(tmp_path, MODEL).read, found)
+    del weights["lm_head.weight"]
+    assert num_different([found], [weights]) == 0
 
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(None, r"model\.safetensors is missing"), (b"not safetensors", r"model\.safetensors: ")],
+    [
+        (None, r"model\.safetensors is missing"),
+        (b"not safetensors", r"model\.safetensors has 15 bytes, not even its header is whole"),
+        (b"\x08" + bytes(7) + b"not json", r"model\.safetensors has no readable header"),
+    ],
 )
 def test_missing_or_broken_weight_files_are_named(tmp_path, content, problem):
     if content is not None:
         (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match=f"weights cannot be read.*\n{problem}"):
+    with pytest.raises(InputError, match=f"weights cannot be read:\n.*{problem}"):
         read_hf(tmp_path, MODEL)
 
 
@@ -161,12 +169,13 @@ def test_every_missing_and_truncated_file_is_named_with_what_it_held(many_files)
         opened.truncate(num_bytes - 1)
     with pytest.raises(InputError) as refused:
         read_hf(folder, MODEL)
-    held = [name for name, file in index.items() if file == gone.name]
-    assert f"{gone.name} is missing; it holds {len(held)} tensors" in str(refused.value)
+    held = sorted(name for name, file in index.items() if file == gone.name)
     assert (
-        f"{short.name} has {num_bytes - 1} bytes, its header announces {num_bytes}; 1 of its "
-        "tensors are cut off, the first is model."
-    ) in str(refused.value)
+        f"{gone.name} is missing; it holds {', '.join(held[:3])} and {len(held) - 3} more"
+        in str(refused.value)
+    )
+    truncated = rf"model\.layers\.\S+ \[.*\] takes \d+ bytes up to byte {num_bytes} of .*"
+    assert re.search(rf"{truncated}{short.name}, which has {num_bytes - 1}", str(refused.value))
 
 
 def test_tensors_in_the_wrong_file_or_in_two_are_named(many_files):
@@ -179,15 +188,15 @@ def test_tensors_in_the_wrong_file_or_in_two_are_named(many_files):
     save_file(second, files[1])
     with pytest.raises(InputError) as refused:
         read_hf(folder, MODEL)
-    assert f"{files[0].name} lacks {moved}, which" in str(refused.value)
-    assert f"{doubled} is in two files, one is {files[1].name}" in str(refused.value)
+    assert f"{moved} is not in {files[0]}, where the index has it" in str(refused.value)
+    assert f"{doubled} is in two files, one is {files[1]}" in str(refused.value)
 
 
 @pytest.mark.parametrize("text", ["not json", "{}", '{"weight_map": 3}', "[]"])
 def test_a_broken_index_is_refused(many_files, text):
     folder, _, _ = many_files
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(InputError, match=r"index\.json was to name the file of each tensor"):
+    with pytest.raises(InputError, match=r"index\.json is not the index of a checkpoint"):
         read_hf(folder, MODEL)
 
 
@@ -208,9 +217,9 @@ def test_blockwise_fp8_is_read_as_the_numbers_it_stands_for(tmp_path):
     parallel = ParallelConfig(tp_size=4)
     layout = trainer_layout(model, parallel)
     ranks = [empty_storages(rank, torch.float32) for rank in layout.ranks]
-    with read_hf(tmp_path, model) as checkpoint:
-        for rank, storages in zip(layout.ranks, ranks, strict=True):
-            load_tiles(rank, checkpoint.read, storages)
+    checkpoint = read_hf(tmp_path, model)
+    for rank, storages in zip(layout.ranks, ranks, strict=True):
+        load_tiles(rank, checkpoint.read, storages)
     assert num_different(ranks, trainer_storages(model, parallel, expected)) == 0
 
     del stored["model.layers.0.mlp.up_proj.weight_scale_inv"]
