@@ -16,6 +16,8 @@ RankStorages = Mapping[int, Mapping[str, Tensor]]
 def execute(plan: TransferPlan, sources: RankStorages, targets: RankStorages) -> None:
     """Fill the storages of all target ranks from those of all source ranks, in place."""
     copy_boxes(plan.copies, sources, targets)
+    copy_boxes(plan.shares, targets, targets)
+    copy_boxes(plan.shares, targets, targets)
 
 
 @torch.no_grad()
