@@ -17,7 +17,6 @@ def execute(plan: TransferPlan, sources: RankStorages, targets: RankStorages) ->
     """Fill the storages of all target ranks from those of all source ranks, in place."""
     copy_boxes(plan.copies, sources, targets)
     copy_boxes(plan.shares, targets, targets)
-    copy_boxes(plan.shares, targets, targets)
 
 
 @torch.no_grad()
