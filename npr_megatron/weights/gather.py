@@ -15,7 +15,7 @@ from torch import Tensor
 from npr_megatron.errors import LayoutError
 from npr_megatron.weights.box import Box, Index
 from npr_megatron.weights.plan import Copy, plan_transfer
-from npr_megatron.weights.tiles import Layout
+from npr_megatron.weights.tiles import Layout, RankLayout, Tile
 
 
 class Source(Protocol):
@@ -47,10 +47,11 @@ class Gather:
         self._source = source
         self._copies: defaultdict[tuple[str, Index], list[Copy]] = defaultdict(list)
         self._dtypes: defaultdict[str, set[torch.dtype]] = defaultdict(set)
-        for copy in plan_transfer(source.layout, target).copies:
-            lead = copy.target_start[: len(copy.target_start) - len(copy.shape)]
-            self._copies[(copy.target_storage, lead)].append(copy)
-            self._dtypes[copy.target_storage].add(source.dtype_of(copy.source_storage))
+        for part in _without_replicas(target):
+            for copy in plan_transfer(source.layout, part).copies:
+                lead = copy.target_start[: len(copy.target_start) - len(copy.shape)]
+                self._copies[(copy.target_storage, lead)].append(copy)
+                self._dtypes[copy.target_storage].add(source.dtype_of(copy.source_storage))
 
     def dtype_of(self, storage: str) -> torch.dtype:
         """Return the dtype that the elements of target ``storage`` have at their source.
@@ -86,3 +87,23 @@ def _at_source(copy: Copy, box: Box) -> Box:
     inner = inner.moved(copy.target_start[-axes:], copy.source_start[lead:])
     first = copy.source_start[:lead]
     return Box(first + inner.start, tuple(a + 1 for a in first) + inner.stop)
+
+
+def _without_replicas(layout: Layout) -> list[Layout]:
+    """Return layouts that have the tiles of ``layout`` between them, each box at most once.
+
+    A plan would have the target copy within itself what it wants twice; here there is no target.
+    """
+    parts: list[dict[tuple[str, Box], Tile]] = []
+    (rank_layout,) = layout.ranks
+    for tile in rank_layout.tiles:
+        key = (tile.parameter, tile.box)
+        free = next((part for part in parts if key not in part), None)
+        if free is None:
+            free = {}
+            parts.append(free)
+        free[key] = tile
+    return [
+        Layout(layout.kind, (RankLayout(rank_layout.storages, tuple(part.values())),))
+        for part in parts
+    ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -71,6 +72,31 @@ def find_torch_dist_tensors(folder: Path) -> tuple[dict[str, StoredTensor], list
         tensors[name] = tensor
     files.close()
     return tensors, problems
+
+
+def damaged_archives(folder: Path) -> Iterator[str]:
+    """Yield a sentence for each chunk of weights whose bytes are not those that were saved.
+
+    ``torch.save`` leaves a checksum in every archive. What cannot be read at all is named by
+    :func:`find_torch_dist_tensors`.
+    """
+    metadata = _read_metadata(folder / METADATA_FILE)
+    for index, info in (metadata.storage_data or {}).items():
+        entry = metadata.state_dict_metadata.get(index.fqn)
+        if not isinstance(entry, TensorStorageMetadata) or index.fqn.startswith(_NOT_WEIGHTS):
+            continue
+        file = folder / info.relative_path
+        try:
+            with file.open("rb") as opened:
+                archive: Any = _Slice(opened, info.offset, info.length)
+                record = zipfile.ZipFile(archive).testzip()
+        except (OSError, zipfile.BadZipFile):
+            continue
+        if record is not None:
+            yield (
+                f"{index.fqn} at {list(index.offset)}: the bytes in {file} are not those that were "
+                f"saved (checksum of {record}); copy it again"
+            )
 
 
 class _BrokenChunkError(Exception):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import typer
 
 from npr_megatron.cli.weights.convert import convert
+from npr_megatron.cli.weights.diff import diff
 from npr_megatron.cli.weights.plan import plan
+from npr_megatron.cli.weights.verify import verify
 
 weights = typer.Typer(
     name="weights",
@@ -19,3 +21,5 @@ weights = typer.Typer(
 )
 weights.command()(plan)
 weights.command()(convert)
+weights.command()(diff)
+weights.command()(verify)

@@ -10,7 +10,10 @@ from npr_megatron.weights.progress import Report
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Report]:
-    """Yield what to call with the bytes done and in all; the bar goes away at the end."""
+    """Yield what to call with the bytes done and in all; the bar goes away at the end.
+
+    Where stderr is no terminal there is no bar.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -28,6 +31,7 @@ def progress_bar(what: str) -> Iterator[Report]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda progress: bar.update(task, completed=progress.done, total=progress.total)

@@ -1,0 +1,79 @@
+"""Small checkpoints on disk, one model of each family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from npr_megatron.config.model import InitConfig, ModelConfig, MoeConfig
+from npr_megatron.weights.chunking import ReaderShape
+from npr_megatron.weights.conversion import Conversion, Request
+from npr_megatron.weights.hf import random_init, write_hf
+
+_MOE = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+QWEN3 = ModelConfig(
+    num_hidden_layers=4,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=48,
+    vocab_size=70,
+)
+UNTIED = QWEN3.model_copy(update={"tie_word_embeddings": False})
+MODELS = {
+    "qwen3": QWEN3,
+    "qwen3_moe": UNTIED.model_copy(update={"family": "qwen3_moe", "moe": _MOE}),
+    "llama": UNTIED.model_copy(update={"family": "llama", "has_qk_norm": False}),
+    "glm4_moe": UNTIED.model_copy(
+        update={
+            "family": "glm4_moe",
+            "moe": _MOE.model_copy(
+                update={
+                    "num_dense_layers": 1,
+                    "shared_intermediate_size": 48,
+                    "has_expert_bias": True,
+                }
+            ),
+        }
+    ),
+}
+
+
+def write_hf_folder(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a random model in which no two elements are alike by design, norms included."""
+    tensors = {
+        name: (tensor + torch.rand_like(tensor) / 8).to(
+            torch.float32 if name.endswith("_bias") else dtype
+        )
+        for name, tensor in random_init(model, InitConfig(), seed=5).items()
+    }
+    write_hf(folder, model, tensors)
+    (folder / "tokenizer.json").write_text('{"model": "of words"}')
+    return folder
+
+
+def convert(source: Path, target: Path, **asked) -> Path:
+    """Convert and return the target."""
+    if "reader_shape" in asked:
+        asked["reader_shape"] = ReaderShape(*asked["reader_shape"])
+    Conversion(Request(source=source, target=target, **asked)).run(lambda progress: None)
+    return target
+
+
+def hf_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read an HF folder with the library that HF uses."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Return whether two models have equal names, dtypes and bits."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype
+        and torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8))
+        for name in one
+    )
