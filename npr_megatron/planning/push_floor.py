@@ -20,6 +20,8 @@ _UNRELAYED_CHUNK = 8e6
 """Large enough for a NIC to reach its rate [bytes]."""
 _SMALLEST_CHUNK = 1e6
 """What smaller chunks could still gain is not worth their number [bytes]."""
+_BOUND_FRAC = 0.99
+"""Resources that are busy for about as long as the busiest; the first of ``LIMITS`` is named."""
 LIMITS = ("node ingress", "source egress", "NVLink", "relay chain")
 """What can bound a push, in the words of reports."""
 
@@ -78,7 +80,7 @@ def direct_time(volume: PushVolume, cluster: ClusterConfig) -> PushTime:
 
     Grows with the fleet once the fleet has more NICs than the source.
     """
-    return _longest(_stage_times(volume, cluster, [kind.count for kind in volume.kinds]))
+    return _longest(_stage_times(volume, cluster, volume.direct_egress()))
 
 
 def relay_time(
@@ -92,15 +94,16 @@ def relay_time(
     NICs, the chain hides in its time but for the last chunk's way.
     """
     roots = count_roots(volume, cluster.gpus_per_node, max_depth)
-    first = _longest(_stage_times(volume, cluster, roots))
+    stages = _stage_times(volume, cluster, volume.root_egress(roots))
+    first = _longest(stages)
     hop_s = hop_cost(cluster)
     seconds = 0.0
-    for kind, num_chains in zip(volume.kinds, roots, strict=True):
-        num_hops = chain_length(kind, num_chains) - 1
-        num_chunks = best_chunks(kind, cluster, num_hops + 1, first.seconds)
-        ingress = _ingress(kind, cluster)
-        paced = ingress + num_chunks * hop_s if num_hops else ingress
-        last = num_hops * (ingress / num_chunks + hop_s)
+    for group, num_chains in zip(volume.groups, roots, strict=True):
+        num_hops = chain_length(group, num_chains) - 1
+        num_chunks = best_chunks(group[0], cluster, num_hops + 1, stages["source egress"])
+        slowest = max(_ingress(kind, cluster) for kind in group)
+        paced = slowest + num_chunks * hop_s if num_hops else slowest
+        last = num_hops * (_ingress(group[0], cluster) / num_chunks + hop_s)
         seconds = max(seconds, max(first.seconds, paced) + last)
     bottleneck = "relay chain" if seconds > 2 * first.seconds else first.bottleneck
     return PushTime(seconds=seconds, bottleneck=bottleneck)
@@ -127,13 +130,13 @@ def hop_cost(cluster: ClusterConfig) -> float:
 
 
 def _stage_times(
-    volume: PushVolume, cluster: ClusterConfig, num_fed: Sequence[int]
+    volume: PushVolume, cluster: ClusterConfig, egress: Sequence[int]
 ) -> dict[str, float]:
-    """Return how long each resource is busy when the source feeds ``num_fed`` nodes per kind."""
+    """Return how long each resource is busy when sources send ``egress`` bytes."""
     nic = cluster.nic_gb_per_s * GB
     return {
         "node ingress": max(_ingress(kind, cluster) for kind in volume.kinds),
-        "source egress": max(volume.egress(num_fed)) / nic,
+        "source egress": max(egress) / nic,
         "NVLink": max(kind.nvlink_bytes for kind in volume.kinds) / (cluster.nvlink_gb_per_s * GB),
     }
 
@@ -143,5 +146,7 @@ def _ingress(kind: NodeKind, cluster: ClusterConfig) -> float:
 
 
 def _longest(times: dict[str, float]) -> PushTime:
-    name = max(times, key=lambda name: times[name])
-    return PushTime(seconds=times[name], bottleneck=name)
+    seconds = max(times.values())
+    # a source as busy as the nodes but for the last row dealt bounds nothing
+    name = next(name for name in times if times[name] >= _BOUND_FRAC * seconds)
+    return PushTime(seconds=seconds, bottleneck=name)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from npr_megatron.planning.cluster import ClusterConfig
+from npr_megatron.planning.conditions import Conditions
 from npr_megatron.planning.push_floor import GB, best_chunks, hop_cost
 from npr_megatron.planning.push_volume import NodeKind, PushVolume
 from npr_megatron.planning.relays import count_roots, lay_chains
@@ -26,23 +27,6 @@ _MAX_CHUNKS = 1 << 20
 
 Times = npt.NDArray[np.float64]
 """One time [s] per chunk."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
-    """What is not as it should be. Nodes are those of the fleet; trainer nodes are healthy."""
-
-    jitter: float = 0.0
-    """Standard deviation of each chunk's time on each link, as a share of its mean (lognormal)."""
-    slow: Mapping[int, float] = field(default_factory=dict[int, float])
-    """NIC rate of slow nodes, as a share of the ordinary one."""
-    deaths: Mapping[int, float] = field(default_factory=dict[int, float])
-    """When nodes die [s after the start]."""
-    detection_s: float = 0.5
-    """From a death until the orphans turn to the next living ancestor [s]."""
-    are_rates_known: bool = True
-    """Slow nodes were measured, and stand last in their chains."""
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +55,16 @@ def simulate_relay(
     """Return how a push along relay chains goes, each kind of node on chains of its own."""
     found = conditions or Conditions()
     roots = count_roots(volume, cluster.gpus_per_node, max_depth)
-    source_s = max(volume.egress(roots)) / (cluster.nic_gb_per_s * GB)
+    source_s = max(volume.root_egress(roots)) / (cluster.nic_gb_per_s * GB)
     finish = [math.inf] * volume.num_nodes
     chunk, depth = 0.0, 0
-    for kind, num_chains in zip(volume.kinds, roots, strict=True):
-        rates = found.slow if found.are_rates_known else None
-        chains = lay_chains(kind.nodes, num_chains, rates)
-        rails = _Rails(kind, cluster, source_s, chains.depth)
+    for group, num_chains in zip(volume.groups, roots, strict=True):
+        rates = _rates(group, found.slow)
+        # half-empty nodes are known to have fewer NICs, whatever was measured
+        known = rates if found.are_rates_known else _rates(group, {})
+        nodes = sorted(node for kind in group for node in kind.nodes)
+        chains = lay_chains(nodes, num_chains, known)
+        rails = _Rails(group, cluster, source_s, chains.depth, rates)
         chunk, depth = max(chunk, rails.chunk_bytes), max(depth, chains.depth)
         for chain in chains.chains:
             for node, time in zip(chain, _run_chain(chain, rails, found), strict=True):
@@ -116,27 +103,50 @@ def simulate_direct(
     )
 
 
-class _Rails:
-    """The links of nodes of one kind, and the chunks that each rail of a chain carries."""
+def _rates(group: Sequence[NodeKind], slow: Mapping[int, float]) -> dict[int, float]:
+    """Return the rate of each node of a group as a share of that of its first kind's nodes."""
+    return {
+        node: slow.get(node, 1.0) * kind.num_nics / group[0].num_nics
+        for kind in group
+        for node in kind.nodes
+    }
 
-    def __init__(self, kind: NodeKind, cluster: ClusterConfig, source_s: float, depth: int) -> None:
+
+class _Rails:
+    """The links between nodes of a group, and the chunks that each rail of a chain carries."""
+
+    def __init__(
+        self,
+        group: Sequence[NodeKind],
+        cluster: ClusterConfig,
+        source_s: float,
+        depth: int,
+        rates: Mapping[int, float],
+    ) -> None:
+        kind = group[0]
         num_chunks = math.ceil(best_chunks(kind, cluster, depth, source_s))
         self.chunk_bytes = kind.node_bytes / kind.num_nics / num_chunks
         self.num_chunks = num_chunks
-        self.hop_s = hop_cost(cluster)
-        self.wire_s = self.chunk_bytes / (cluster.nic_gb_per_s * GB)
-        self.source_s = max(self.wire_s, source_s / num_chunks)
-        """A chunk from the source, whose NICs feed all chains at once."""
-        self.nvlink_s = kind.nvlink_bytes / num_chunks / (cluster.nvlink_gb_per_s * GB)
+        self.nvlink_s = {
+            node: kind.nvlink_bytes / num_chunks / (cluster.nvlink_gb_per_s * GB)
+            for kind in group
+            for node in kind.nodes
+        }
+        """A chunk from those GPUs of a node that received it to the others."""
+        self._hop_s = hop_cost(cluster)
+        self._wire_s = self.chunk_bytes / (cluster.nic_gb_per_s * GB)
+        # the source's NICs feed all chains at once
+        self._source_s = max(self._wire_s, source_s / num_chunks)
+        self._rates = rates
 
     def costs(self, node: int, parent: int | None, found: Conditions) -> Times:
         """Return what each chunk costs on the link from ``parent`` (None: the source) [s]."""
-        rate = found.slow.get(node, 1.0)
+        rate = self._rates[node]
         if parent is None:
             # a slow receiver hides that the source is busy with others
-            seconds = max(self.source_s, self.wire_s / rate)
+            seconds = max(self._source_s, self._wire_s / rate)
         else:
-            seconds = self.wire_s / min(rate, found.slow.get(parent, 1.0)) + self.hop_s
+            seconds = self._wire_s / min(rate, self._rates[parent]) + self._hop_s
         # the link's own stream: results do not depend on the order of evaluation
         key = [found.seed, node, 0 if parent is None else parent + 1]
         return seconds * _jitter(found.jitter, self.num_chunks, key)
@@ -150,7 +160,7 @@ def _run_chain(chain: Sequence[int], rails: _Rails, found: Conditions) -> list[f
         times = _receive(chain, place, held, rails, found)
         death = found.deaths.get(node, math.inf)
         held.append(np.where(times <= death, times, math.inf))
-        spread = _serve(times, np.full(len(times), rails.nvlink_s))
+        spread = _serve(times, np.full(len(times), rails.nvlink_s[node]))
         done.append(float(spread[-1]) if spread[-1] <= death else math.inf)
     return done
 

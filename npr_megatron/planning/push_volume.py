@@ -6,19 +6,23 @@ node needs is counted once: its GPUs share what its NICs receive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeKind:
-    """Nodes of the fleet whose GPUs hold the same parts of a model.
+    """Nodes of the fleet whose GPUs hold the same parts of a model, and are as many.
 
     Example: TP 16 engines on nodes of 8 GPUs make two kinds, ranks 0-7 and ranks 8-15.
     """
 
     nodes: tuple[int, ...]
     """Which nodes of the fleet, counted from 0."""
+    content: int
+    """Kinds of equal content need the same bytes and can forward them to each other."""
     bytes_from: tuple[int, ...]
     """What one such node takes from each source rank [bytes]."""
     gpu_bytes: tuple[int, ...]
@@ -78,11 +82,27 @@ class PushVolume:
         """What the fullest GPU of the fleet holds [bytes]."""
         return max(max(kind.gpu_bytes) for kind in self.kinds)
 
-    def egress(self, num_fed: Sequence[int]) -> tuple[int, ...]:
-        """Return what each source sends to ``num_fed[i]`` nodes of each kind ``i`` [bytes]."""
+    @property
+    def groups(self) -> tuple[tuple[NodeKind, ...], ...]:
+        """Kinds of equal content; who has the most NICs comes first, half-empty nodes last."""
+        together: dict[int, list[NodeKind]] = {}
+        for kind in self.kinds:
+            together.setdefault(kind.content, []).append(kind)
         return tuple(
-            sum(
-                fed * kind.bytes_from[source] for kind, fed in zip(self.kinds, num_fed, strict=True)
-            )
-            for source in range(self.num_source_gpus)
+            tuple(sorted(group, key=lambda kind: -kind.num_nics)) for group in together.values()
         )
+
+    def direct_egress(self) -> tuple[int, ...]:
+        """Return what each source sends if it feeds every node itself [bytes]."""
+        return _egress((kind, kind.count) for kind in self.kinds)
+
+    def root_egress(self, num_roots: Sequence[int]) -> tuple[int, ...]:
+        """Return what each source sends if it feeds ``num_roots[i]`` nodes of group i [bytes]."""
+        return _egress(
+            (group[0], roots) for group, roots in zip(self.groups, num_roots, strict=True)
+        )
+
+
+def _egress(fed: Iterable[tuple[NodeKind, int]]) -> tuple[int, ...]:
+    sent = np.sum([count * np.array(kind.bytes_from) for kind, count in fed], axis=0)
+    return tuple(int(size) for size in sent)

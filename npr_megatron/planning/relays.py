@@ -63,21 +63,27 @@ def lay_chains(
 def count_roots(
     volume: PushVolume, gpus_per_node: int, max_depth: int | None = None
 ) -> tuple[int, ...]:
-    """Return the chains of each node kind: one per source node in all, at least one per kind.
+    """Return the chains of each group: one per source node in all, at least one per group.
 
     More chains than source nodes share the source's NICs; ``max_depth`` asks for them all the same,
     for fleets in which long chains are not trusted.
     """
+    sizes = [group_size(group) for group in volume.groups]
     source_nodes = max(1, volume.num_source_gpus // gpus_per_node)
-    spare = max(0, min(source_nodes, volume.num_nodes) - len(volume.kinds))
+    spare = max(0, min(source_nodes, volume.num_nodes) - len(sizes))
     roots: list[int] = []
-    for kind in volume.kinds:
-        share = 1 + spare * kind.count // volume.num_nodes
-        needed = math.ceil(kind.count / max_depth) if max_depth else 1
-        roots.append(min(kind.count, max(share, needed)))
+    for size in sizes:
+        share = 1 + spare * size // volume.num_nodes
+        needed = math.ceil(size / max_depth) if max_depth else 1
+        roots.append(min(size, max(share, needed)))
     return tuple(roots)
 
 
-def chain_length(kind: NodeKind, num_chains: int) -> int:
-    """Return the nodes of the longest chain when a kind is dealt into ``num_chains``."""
-    return math.ceil(kind.count / num_chains)
+def group_size(group: Sequence[NodeKind]) -> int:
+    """Return the nodes of all kinds of a group."""
+    return sum(kind.count for kind in group)
+
+
+def chain_length(group: Sequence[NodeKind], num_chains: int) -> int:
+    """Return the nodes of the longest chain when a group is dealt into ``num_chains``."""
+    return math.ceil(group_size(group) / num_chains)

@@ -71,7 +71,7 @@ def test_a_small_source_of_many_kinds_bounds_the_relay_by_its_own_nics():
 
 def test_an_unbalanced_source_is_as_slow_as_its_busiest_nic():
     busy, idle = 40_000_000_000, 10_000_000_000
-    kind = NodeKind(nodes=(0,), bytes_from=(busy, idle), gpu_bytes=(idle,) * 8)
+    kind = NodeKind(nodes=(0,), content=0, bytes_from=(busy, idle), gpu_bytes=(idle,) * 8)
     result = direct_time(PushVolume(model_bytes=busy + idle, kinds=(kind,)), H100)
     assert result.bottleneck == "source egress"
     assert result.seconds == pytest.approx(busy / 45e9)

@@ -8,8 +8,9 @@ import math
 import pytest
 
 from npr_megatron.planning.cluster import ClusterConfig
+from npr_megatron.planning.conditions import Conditions, draw_conditions
 from npr_megatron.planning.push_floor import direct_time, relay_time
-from npr_megatron.planning.push_simulation import Conditions, simulate_direct, simulate_relay
+from npr_megatron.planning.push_simulation import simulate_direct, simulate_relay
 from tests.unit.planning.volumes import even_volume
 
 H100 = ClusterConfig()
@@ -130,3 +131,11 @@ def test_a_direct_push_waits_for_a_slow_node_only_once_it_is_the_bottleneck():
     assert simulate_direct(many, H100, Conditions(slow={2: 0.5})).seconds == pytest.approx(
         simulate_direct(many, H100).seconds, rel=0.02
     )
+
+
+def test_drawn_conditions_name_distinct_nodes_and_repeat_with_the_seed():
+    drawn = draw_conditions(10, num_slow=4, num_dead=6, dead_within_s=2.0, seed=3)
+    assert sorted([*drawn.slow, *drawn.deaths]) == list(range(10))
+    assert all(0 <= time <= 2 for time in drawn.deaths.values())
+    assert drawn == draw_conditions(10, num_slow=4, num_dead=6, dead_within_s=2.0, seed=3)
+    assert drawn != draw_conditions(10, num_slow=4, num_dead=6, dead_within_s=2.0, seed=4)

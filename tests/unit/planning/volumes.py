@@ -21,6 +21,7 @@ def even_volume(
     kinds = tuple(
         NodeKind(
             nodes=tuple(range(kind, num_nodes, num_kinds)),
+            content=kind,
             bytes_from=(round(node_bytes / num_sources),) * num_sources,
             gpu_bytes=(round(gpu_bytes),) * gpus_per_node,
         )
