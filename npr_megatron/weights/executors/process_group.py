@@ -3,7 +3,8 @@
 For processes that share no memory. Both ends derive the same messages from the plan
 (``weights.messages``), so nothing but payload is sent, and every wait has a deadline. While one
 round is on the wire the next one is packed and posted; posting never waits, so the argument why
-rounds end holds for two at a time. Over NCCL the weights never leave the devices.
+rounds end holds for two at a time. What ranks of a node share goes from one to the other when all
+copies are done. Over NCCL the weights never leave the devices.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def exchange(
     """
     post = _Post(process_group, timeout_s, message_bytes, dtype.itemsize)
     post.carry(plan.copies, source_processes, target_processes, sources, targets)
+    post.carry(plan.shares, target_processes, target_processes, targets, targets)
 
 
 class _Post:

@@ -95,9 +95,18 @@ class VersionReader:
         if problems := verify_transfer(plan, source, target):
             raise LayoutError("the planned transfer is wrong:\n" + "\n".join(problems))
         self.source, self._target, self._rank = source, target, target_rank
-        self._copies = plan.copies_to(target_rank)
-        self.source_ranks = sorted({copy.source_rank for copy in self._copies})
+        self.copies = plan.copies_to(target_rank)
+        self.source_ranks = sorted({copy.source_rank for copy in self.copies})
         self._census = Census(target)
+
+    def shares(self, into: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Return this rank's digest shares of what ``into`` holds."""
+        return self._census.shares(self._rank, into)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this rank's shares are the digest of the whole target."""
+        return len(self._target.ranks) == 1
 
     def check(self, publication: Publication, into: Mapping[str, Tensor]) -> torch.dtype:
         """Require a publication of the source layout and staging that fits; return the dtype.
@@ -132,7 +141,7 @@ class VersionReader:
                 arrive as published in two attempts; the message names tensors.
         """
         shares = self._read_once(publication, sources, into)
-        if len(self._target.ranks) > 1 or publication.matches([shares]):
+        if not self.is_alone or publication.matches([shares]):
             return shares
         shares = self._read_once(publication, sources, into)
         if not publication.matches([shares]):
@@ -140,7 +149,7 @@ class VersionReader:
             try:
                 publication.check([shares])
             except StaleWeightsError as error:
-                raise StaleWeightsError(f"{error}; read twice, {_listed(found)}") from error
+                raise StaleWeightsError(f"{error}; read twice, {listed(found)}") from error
         return shares
 
     def faults(
@@ -161,7 +170,7 @@ class VersionReader:
             for tile, one, other in zip(tiles, there, here, strict=True):
                 if one != other:
                     found[f"{tile.parameter} changed on source rank {rank}"] = None
-        for copy in self._copies:
+        for copy in self.copies:
             held = sources[copy.source_rank].storages(slots[copy.source_rank])
             if not _arrived(copy, held, into):
                 found[f"{copy.target_storage} arrived wrong"] = None
@@ -173,7 +182,7 @@ class VersionReader:
         slots = {rank: find_slot(held, publication) for rank, held in sources.items()}
         before = {rank: held.header(slots[rank]) for rank, held in sources.items()}
         views = {rank: held.storages(slots[rank]) for rank, held in sources.items()}
-        copy_boxes(self._copies, views, {self._rank: into})
+        copy_boxes(self.copies, views, {self._rank: into})
         for tensor in into.values():
             if tensor.is_cuda:  # the copies are queued; the source must not be let go before them
                 torch.cuda.synchronize(tensor.device)
@@ -182,7 +191,7 @@ class VersionReader:
             raise StaleWeightsError(
                 f"version {publication.version} was overwritten while it was read; pull the newest"
             )
-        return self._census.shares(self._rank, into)
+        return self.shares(into)
 
 
 def find_slot(held: Slots, publication: Publication) -> int:
@@ -210,7 +219,8 @@ def _arrived(copy: Copy, source: Mapping[str, Tensor], into: Mapping[str, Tensor
     return torch.equal(region.flatten(), wanted.to(region.device).flatten())
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return what ``faults`` found as a phrase that is not too long."""
     if not names:
         return "every tensor is now as it is at the source: it changed in between"
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
