@@ -193,7 +193,7 @@ def test_a_full_disk_is_one_error_that_names_the_tensor_and_leaves_nothing(tmp_p
     older = publish(tmp_path, 0)
     held = trainer_storages(MODEL, PARALLEL, weights_of(2))
     size = (older / SHARD).stat().st_size
-    with largest_file(size - 100), pytest.raises(EnvironmentFault) as fault:
+    with largest_file(size - 50), pytest.raises(EnvironmentFault) as fault:
         write_shard(tmp_path, SOURCE, 1, 1, held[1], torch.float32)
     last = SOURCE.ranks[1].storages[-1].name
     assert f"{SHARD}: {last} could not be written" in str(fault.value)
