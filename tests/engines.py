@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -74,12 +75,14 @@ def tiny_engine(
     max_running: int = 64,
     max_plans: int = 5,
     seed: int = 0,
+    kv_after_push: Literal["drop", "recompute", "keep"] = "recompute",
 ) -> Engine:
     """An engine with random weights of version 0 that checks its slots after every step."""
     config = EngineConfig(
         num_kv_slots=num_kv_slots,
         max_running=max_running,
         max_plans=max_plans,
+        kv_after_push=kv_after_push,
         debug_checks=True,
     )
     engine = Engine(model, config, vocabulary)

@@ -19,6 +19,10 @@ class EngineConfig(Section):
     """Trajectories decoded at once."""
     max_plans: int = Field(default=5, ge=1, le=9)
     """Largest number of branches per fork."""
+    kv_after_push: Literal["drop", "recompute", "keep"] = "drop"
+    """What becomes of unfinished trajectories when weights change. ``drop``: they start again from
+    their prompts, each finished one is of one version. ``recompute``: they keep their tokens, keys
+    and values are computed anew. ``keep``: they keep both."""
     debug_checks: bool = False
     """Verify the slot partition after every step."""
 

@@ -28,14 +28,15 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.attention import PooledAttention
 from npr_megatron.engine.batch import RaggedBatch, assemble
 from npr_megatron.engine.flow import Flow, Stream, Teacher
-from npr_megatron.engine.intake import request_problems, weight_problems
+from npr_megatron.engine.intake import request_problems
+from npr_megatron.engine.live_weights import LiveWeights
 from npr_megatron.engine.model import EngineModel
 from npr_megatron.engine.pool import SlotPool
 from npr_megatron.engine.sampler import SamplingRows, draw, policy_logprobs
 from npr_megatron.engine.scheduler import Scheduler
 from npr_megatron.engine.scoring import score
 from npr_megatron.engine.segment import Feed
-from npr_megatron.errors import DivergenceError, InputError, LayoutError, StaleWeightsError
+from npr_megatron.errors import DivergenceError, InputError, StaleWeightsError
 from npr_megatron.records.randomness import uniforms
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import FinishReason, FloatArray, Trajectory
@@ -82,9 +83,7 @@ class Engine:
         self._scheduler = Scheduler(self._pool, config.max_running)
         self._flows: dict[str, Flow] = {}
         self._aborted: list[Flow] = []
-        self._shadow: dict[str, Tensor] = {}
-        self.weight_version = -1
-        """Version of the live weights; -1 until some are loaded."""
+        self._live = LiveWeights(self._model.weights)
 
     # Requests
 
@@ -222,55 +221,71 @@ class Engine:
         """Live storages by name. Read them; to change them use ``load`` or ``staging`` and
         ``commit``.
         """
-        return self._model.weights
+        return self._live.storages
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the live weights; -1 until some are loaded."""
+        return self._live.version
 
     def load(self, weights: Mapping[str, Tensor], version: int = 0) -> None:
-        """Replace all weights at once.
+        """Replace all weights at once; trajectories go on as after :meth:`commit`.
 
         Raises:
             LayoutError: a storage is missing, unknown or of another shape; nothing was replaced.
+            DivergenceError: a storage holds NaN or infinity; nothing was replaced.
         """
-        problems = weight_problems(weights, self._model.weights)
-        if problems:
-            raise LayoutError("\n".join(problems))
-        self._replace_weights(weights, version)
+        self._live.load(weights, version)
+        self._go_on()
 
     def staging(self) -> dict[str, Tensor]:
         """Return the shadow storages: same names and shapes, filled by the caller while decoding
         goes on.
         """
-        if not self._shadow:
-            self._shadow = {name: torch.zeros_like(x) for name, x in self._model.weights.items()}
-        return self._shadow
+        return self._live.staging()
+
+    def seal(self) -> None:
+        """Check what was staged beforehand, so that ``commit`` takes no longer than a copy.
+
+        Call it when the shadow storages are filled, from the thread that filled them.
+
+        Raises:
+            DivergenceError: a storage holds NaN or infinity; fill ``staging()`` anew.
+        """
+        self._live.seal()
 
     def commit(self, version: int) -> None:
         """Make the staged weights live, in place, and stamp later tokens with ``version``.
 
-        Unfinished trajectories keep their tokens; the keys and values behind them are recomputed
-        under the new weights, so their later tokens are exactly those of the new policy given the
-        same text.
+        Unfinished trajectories go on as ``EngineConfig.kv_after_push`` says: from their prompts
+        (``drop``); from their text, with keys and values of the new weights, so that later tokens
+        are those of the new policy given the same text (``recompute``); or from their text with the
+        keys and values they have (``keep``).
 
         Raises:
             StaleWeightsError: nothing was staged, or ``version`` is not newer than the live one.
+            DivergenceError: what was staged holds NaN or infinity. Nothing has changed then.
         """
-        if not self._shadow:
-            raise StaleWeightsError(
-                f"version {version} was to be committed, but nothing is staged; fill staging()"
-            )
-        if version <= self.weight_version:
-            raise StaleWeightsError(
-                f"version {version} was to be committed over version {self.weight_version}; "
-                "publish versions in increasing order"
-            )
-        self._replace_weights(self._shadow, version)
+        self._live.commit(version)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Carry the trajectories under way over to the live weights."""
+        match self._config.kv_after_push:
+            case "drop":
+                self._start_again()
+            case "recompute":
+                self._scheduler.renew(self.weight_version)
+                self._refill()
+            case "keep":
+                self._scheduler.enter(self.weight_version)
+
+    def _start_again(self) -> None:
+        self._aborted += self._scheduler.drop_finished()  # returned by the next step, as they are
+        for flow in self._scheduler.start_again(self.weight_version):
+            self._flows[flow.request.request_id] = flow
 
     @torch.inference_mode()
-    def _replace_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
-        for name, live in self._model.weights.items():
-            live.copy_(weights[name])
-        self.weight_version = version
-        self._refill()
-
     def _refill(self) -> None:
         """Recompute every key and value in the pool in place; slots, rows and tokens stay."""
         scheduler, pool = self._scheduler, self._pool

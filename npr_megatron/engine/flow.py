@@ -120,6 +120,10 @@ class Flow:
         self.trunk = Stream(self, row, self._segments[0], self.grammar.start, key)
         self.decoding = [self.trunk]
 
+    def anew(self) -> Flow:
+        """Return the flow that starts the request again."""
+        return Flow(self.request, self.grammar, self.eos, self.teacher)
+
     def release(self, pool: SlotPool) -> None:
         """Give every slot of the flow back."""
         for branch in self.branches:

@@ -1,11 +1,12 @@
 """What an engine refuses before it starts: requests that can never be served, weights that do not
-fit.
+fit or are not finite.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from npr_megatron.config.engine import EngineConfig
@@ -63,3 +64,12 @@ def weight_problems(given: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> 
         if given[name].shape != live[name].shape
     ]
     return problems
+
+
+def unfit_numbers(weights: Mapping[str, Tensor]) -> list[str]:
+    """Return one sentence for each storage with a NaN or an infinity; reads every element once."""
+    return [
+        f"storage {name} of shape {tuple(tensor.shape)} holds NaN or infinity"
+        for name, tensor in sorted(weights.items())
+        if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+    ]

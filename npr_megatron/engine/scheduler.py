@@ -4,7 +4,9 @@ Admission is first come, first served, and reserves the worst case (every token 
 generate, and its prompt unless that is resident), so a running request always gets its slots and a
 small pool cannot dead-lock: it runs fewer requests at once. Rollouts of one prompt share the row of
 the prompt's tokens (all but the last); the row stays while a rollout of the prompt runs or waits,
-and an idle one is given up when a request at the head needs its room.
+and an idle one is given up when a request at the head needs its room. A row is known by its tokens
+and the weight version under which it was computed: no request is admitted on keys and values of
+other weights than those it starts under.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ from npr_megatron.engine.flow import Flow
 from npr_megatron.engine.pool import SlotPool
 from npr_megatron.engine.segment import Feed
 
-_Key = tuple[int, ...]
+_Tokens = tuple[int, ...]
+_Key = tuple[int, _Tokens]
 
 
 @dataclass(slots=True, eq=False)
 class Prefix:
     """The shared row of one prompt: every token but the last."""
 
-    token_ids: _Key
+    token_ids: _Tokens
     row: int
+    version: int
     num_running: int = 0
 
     def refill(self, pool: SlotPool) -> Feed:
@@ -43,11 +47,14 @@ class Scheduler:
     def __init__(self, pool: SlotPool, max_running: int) -> None:
         self._pool = pool
         self._max_running = max_running
+        self._version = -1
         self.waiting: deque[Flow] = deque()
         self.running: list[Flow] = []
         """In order of admission."""
         self._prefixes: dict[_Key, Prefix] = {}
-        self._num_waiting: dict[_Key, int] = {}
+        self._prefix_of: dict[Flow, Prefix] = {}
+        """Of every running flow."""
+        self._num_waiting: dict[_Tokens, int] = {}
         self._num_reserved = 0
 
     @property
@@ -63,25 +70,25 @@ class Scheduler:
     def submit(self, flow: Flow) -> None:
         """Queue a flow that fits the pool on its own."""
         self.waiting.append(flow)
-        key = _prefix_key(flow)
-        self._num_waiting[key] = self._num_waiting.get(key, 0) + 1
+        self._expect(flow)
 
     def admit(self) -> list[Feed]:
         """Start as many waiting flows as fit; return the feeds of prompts not yet resident."""
         feeds: list[Feed] = []
         while self.waiting and len(self.running) < self._max_running:
             flow = self.waiting[0]
-            key = _prefix_key(flow)
-            if not self._has_room(flow, key):
+            tokens = _shared_tokens(flow)
+            if not self._has_room(flow, tokens):
                 break
             self.waiting.popleft()
-            self._forget_waiting(key)
-            prefix = self._prefixes.get(key)
+            self._forget_waiting(tokens)
+            prefix = self._prefixes.get((self._version, tokens))
             if prefix is None:
-                prefix = self._open_prefix(key)
-                if key:
+                prefix = self._open_prefix(tokens)
+                if tokens:
                     feeds.append(prefix.refill(self._pool))
             prefix.num_running += 1
+            self._prefix_of[flow] = prefix
             self._num_reserved += flow.num_reserved
             flow.start(self._pool, prefix.row)
             self.running.append(flow)
@@ -99,50 +106,84 @@ class Scheduler:
     def drop_waiting(self, flow: Flow) -> None:
         """Forget a flow that never ran."""
         self.waiting.remove(flow)
-        key = _prefix_key(flow)
-        self._forget_waiting(key)
-        self._close_if_unused(key)
+        tokens = _shared_tokens(flow)
+        self._forget_waiting(tokens)
+        if prefix := self._prefixes.get((self._version, tokens)):
+            self._close_if_unused(prefix)
+
+    def start_again(self, version: int) -> list[Flow]:
+        """Enter ``version`` with nothing: every running flow goes back to the head of the queue.
+
+        Returns:
+            The flows that take their places, in order of admission.
+        """
+        fresh = [flow.anew() for flow in self.running]
+        for flow in self.running:
+            self._retire(flow)
+        self.running = []
+        self.enter(version)
+        self.waiting.extendleft(reversed(fresh))
+        for flow in fresh:
+            self._expect(flow)
+        return fresh
+
+    def renew(self, version: int) -> None:
+        """Enter ``version`` with all prompts, which the caller recomputes in place."""
+        prefixes, self._version = self.resident_prefixes, version
+        for prefix in prefixes:
+            prefix.version = version
+        self._prefixes = {(version, prefix.token_ids): prefix for prefix in prefixes}
+
+    def enter(self, version: int) -> None:
+        """Enter ``version``: prompts in use stay for those who use them, new flows get new ones."""
+        self._version = version
+        for prefix in self.resident_prefixes:
+            self._close_if_unused(prefix)
 
     def _retire(self, flow: Flow) -> None:
         flow.release(self._pool)
         self._num_reserved -= flow.num_reserved
-        key = _prefix_key(flow)
-        self._prefixes[key].num_running -= 1
-        self._close_if_unused(key)
+        prefix = self._prefix_of.pop(flow)
+        prefix.num_running -= 1
+        self._close_if_unused(prefix)
 
-    def _has_room(self, flow: Flow, key: _Key) -> bool:
+    def _has_room(self, flow: Flow, tokens: _Tokens) -> bool:
         """Return whether the flow fits, giving up idle prompts of others if it takes that."""
         need = self._num_reserved + flow.num_reserved
-        if key not in self._prefixes:
-            need += len(key)
+        if (self._version, tokens) not in self._prefixes:
+            need += len(tokens)
         for other in [] if need <= self._pool.num_slots else self.resident_prefixes:
-            if other.num_running == 0 and other.token_ids != key:
+            if other.num_running == 0 and other.token_ids != tokens:
                 self._close_prefix(other)
                 need -= len(other.token_ids)
         return need <= self._pool.num_slots
 
-    def _open_prefix(self, key: _Key) -> Prefix:
-        prefix = Prefix(key, self._pool.open_row(None, len(key)))
-        self._pool.append(prefix.row, len(key))
-        self._num_reserved += len(key)
-        self._prefixes[key] = prefix
+    def _open_prefix(self, tokens: _Tokens) -> Prefix:
+        prefix = Prefix(tokens, self._pool.open_row(None, len(tokens)), self._version)
+        self._pool.append(prefix.row, len(tokens))
+        self._num_reserved += len(tokens)
+        self._prefixes[(self._version, tokens)] = prefix
         return prefix
 
-    def _close_if_unused(self, key: _Key) -> None:
-        prefix = self._prefixes.get(key)
-        if prefix is not None and prefix.num_running == 0 and key not in self._num_waiting:
+    def _close_if_unused(self, prefix: Prefix) -> None:
+        is_wanted = prefix.version == self._version and prefix.token_ids in self._num_waiting
+        if prefix.num_running == 0 and not is_wanted:
             self._close_prefix(prefix)
 
     def _close_prefix(self, prefix: Prefix) -> None:
         self._pool.close(prefix.row)
         self._num_reserved -= len(prefix.token_ids)
-        del self._prefixes[prefix.token_ids]
+        del self._prefixes[(prefix.version, prefix.token_ids)]
 
-    def _forget_waiting(self, key: _Key) -> None:
-        self._num_waiting[key] -= 1
-        if not self._num_waiting[key]:
-            del self._num_waiting[key]
+    def _expect(self, flow: Flow) -> None:
+        tokens = _shared_tokens(flow)
+        self._num_waiting[tokens] = self._num_waiting.get(tokens, 0) + 1
+
+    def _forget_waiting(self, tokens: _Tokens) -> None:
+        self._num_waiting[tokens] -= 1
+        if not self._num_waiting[tokens]:
+            del self._num_waiting[tokens]
 
 
-def _prefix_key(flow: Flow) -> _Key:
+def _shared_tokens(flow: Flow) -> _Tokens:
     return flow.request.prompt_ids[:-1]

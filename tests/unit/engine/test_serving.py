@@ -136,10 +136,25 @@ def test_an_engine_without_weights_refuses_to_decode() -> None:
         engine.step()
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_never_become_live(number: float) -> None:
+    engine = tiny_engine()
+    before = {name: tensor.clone() for name, tensor in engine.weights.items()}
+    weights = random_weights(TINY, 5)
+    weights["layers.1.down_proj.weight"][3, 3] = number
+    for name, tensor in weights.items():
+        engine.staging()[name].copy_(tensor)
+    for refused in (engine.seal, lambda: engine.commit(3), lambda: engine.load(weights, 3)):
+        with pytest.raises(DivergenceError, match=r"layers\.1\.down_proj\.weight of shape"):
+            refused()
+    assert engine.weight_version == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.weights.items())
+
+
 def test_weights_that_give_nan_are_named_instead_of_sampled_from() -> None:
     engine = tiny_engine()
     weights = random_weights(TINY, 0)
-    weights["layers.1.down_proj.weight"][3, 3] = float("nan")
+    weights["layers.1.down_proj.weight"][:] = 1e38
     engine.load(weights, version=9)
     engine.add(request_for(PROMPT))
     with pytest.raises(DivergenceError, match="weight version 9"):
