@@ -333,10 +333,14 @@ def by_rank(storages: list[Tensors]) -> dict[int, Tensors]:
 
 
 def num_different(found: list[Tensors], expected: list[Tensors]) -> int:
-    """Elements that differ; storages must be the same ones."""
-    assert [one.keys() for one in found] == [one.keys() for one in expected]
+    """Elements that differ; storages must be the same ones, of the same shapes and dtypes."""
+    assert [_described(one) for one in found] == [_described(one) for one in expected]
     return sum(
         int((one[name] != other[name]).sum())
         for one, other in zip(found, expected, strict=True)
         for name in one
     )
+
+
+def _described(storages: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in storages.items()}
