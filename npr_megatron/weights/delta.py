@@ -40,7 +40,8 @@ CHUNK_ELEMENTS = 2**16
 _POSITIONS, _BITMAP, _DENSE = range(3)
 _RECORD = np.dtype([("chunk", "<u4"), ("form", "u1"), ("count", "<u4")])
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_HEADER = struct.Struct("<64s?qQqQ")
+_VERSION = struct.Struct("<?qQ")
+_ID_BYTES = 64  # hexadecimal digits of a SHA-256
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +62,49 @@ class DeltaHeader:
     """None: it writes every element, whatever was there (an anchor of a chain)."""
     version: ServedVersion
 
-    NUM_BYTES = _HEADER.size
+    NUM_BYTES = _ID_BYTES + 2 * _VERSION.size
 
     def pack(self) -> bytes:
         """Return ``NUM_BYTES`` bytes."""
-        base = self.base or ServedVersion(0, 0)
-        return _HEADER.pack(
-            self.plan_id.encode(),
-            self.base is not None,
-            base.number,
-            base.digest,
-            self.version.number,
-            self.version.digest,
-        )
+        return self.plan_id.encode() + _packed(self.base) + _packed(self.version)
 
     @classmethod
     def unpack(cls, packed: bytes) -> DeltaHeader:
         """Return the header that ``pack`` wrote."""
-        plan_id, has_base, number, digest, new_number, new_digest = _HEADER.unpack(packed)
-        base = ServedVersion(number, digest) if has_base else None
-        return cls(plan_id.decode(), base, ServedVersion(new_number, new_digest))
+        base = packed[_ID_BYTES : _ID_BYTES + _VERSION.size]
+        version = _unpacked(packed[_ID_BYTES + _VERSION.size :])
+        if version is None:
+            raise StaleWeightsError("a delta does not say to which version it leads")
+        return cls(packed[:_ID_BYTES].decode(), _unpacked(base), version)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a destination says before it is given anything."""
+
+    plan_id: str
+    version: ServedVersion | None
+
+    NUM_BYTES = _ID_BYTES + _VERSION.size
+
+    def pack(self) -> bytes:
+        """Return ``NUM_BYTES`` bytes."""
+        return self.plan_id.encode() + _packed(self.version)
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Held:
+        """Return the statement that ``pack`` wrote."""
+        return cls(packed[:_ID_BYTES].decode(), _unpacked(packed[_ID_BYTES:]))
+
+
+def _packed(version: ServedVersion | None) -> bytes:
+    number, digest = (version.number, version.digest) if version else (0, 0)
+    return _VERSION.pack(version is not None, number, digest)
+
+
+def _unpacked(packed: bytes) -> ServedVersion | None:
+    is_there, number, digest = _VERSION.unpack(packed)
+    return ServedVersion(number, digest) if is_there else None
 
 
 class Baseline:
@@ -178,10 +202,10 @@ def apply_delta(body: Bytes, copies: Iterable[Copy], targets: Storages) -> None:
     chunks = list(_chunks(copies))
     if len(table) and int(table["chunk"].max()) >= len(chunks):
         raise StaleWeightsError(f"a delta changes chunk {table['chunk'].max()} of {len(chunks)}")
-    places = [
-        (_target_chunk(*chunks[chunk], targets), form, count)
-        for chunk, form, count in table.tolist()
-    ]
+    places: list[tuple[_Bits, int, int]] = []
+    for number, form, count in table.tolist():
+        copy, part = chunks[number]
+        places.append((_target_chunk(copy, part, targets), form, count))
     sizes = [_content_bytes(form, count, place) for place, form, count in places]
     is_whole = all(count == place.size for place, form, count in places if form == _DENSE)
     if sum(sizes) != len(payload) or not is_whole:

@@ -2,11 +2,11 @@
 
 Destinations first say which version they hold. A source that keeps the bytes of that version sends
 what changed since; anyone else (a late joiner, one that missed a version, one whose last push broke
-off) is sent everything in the same form. Messages vary in size, so of each round the sizes travel
-before the contents. What arrived is a version only after its digest was checked, hence the order
-for callers is::
+off) is sent everything in the same form. Ranks of a node that share what arrived do the same among
+each other. Messages vary in size, so of each round the sizes travel before the contents. What
+arrived is a version only after its digest was checked, hence the order for callers is::
 
-    exchange.push(...)  ->  digest  ->  chain.confirm  ->  acknowledgement  ->  baseline.advance
+    exchange.push  ->  digest  ->  chain.confirm  ->  acknowledgement  ->  baseline.advance
 
 Weights are host tensors: sources compare the bytes they serve from the host.
 """
@@ -14,7 +14,7 @@ Weights are host tensors: sources compare the bytes they serve from the host.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from npr_megatron.errors import LayoutError
+from npr_megatron.weights.copies import Copy
 from npr_megatron.weights.delta import (
     Baseline,
     Bytes,
@@ -35,20 +36,8 @@ from npr_megatron.weights.delta import (
 )
 from npr_megatron.weights.executors.inproc import RankStorages, copy_boxes
 from npr_megatron.weights.executors.point_to_point import InFlight, Transfer
-from npr_megatron.weights.messages import Message, Round, Route, message_rounds
+from npr_megatron.weights.messages import Round, Route, message_rounds
 from npr_megatron.weights.plan import TransferPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """What one process sent in one push."""
-
-    sent_bytes: int
-    """Contents, sizes and headers."""
-    full_bytes: int
-    """Elements that the plan has it send, had none been left out."""
-    num_full: int
-    """Receivers that were sent everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +51,7 @@ class Sending:
     baseline: Baseline
     """Of the same ranks."""
     is_anchor: bool = False
-    """Send everything to everybody."""
+    """Send everything to everybody; the same in all sources."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +61,18 @@ class Receiving:
     storages: RankStorages
     """By target layout rank; written in place. They hold the bytes that ``chain`` says."""
     chain: Chain
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What one process sent in one push."""
+
+    sent_bytes: int
+    """Contents, sizes and headers."""
+    full_bytes: int
+    """Elements that the plan has it send, had none been left out."""
+    num_full: int
+    """Receivers that were sent everything."""
 
 
 class DeltaExchange:
@@ -98,31 +99,11 @@ class DeltaExchange:
             timeout_s: deadline of each wait for messages.
             message_bytes: staging memory in each direction, had nothing been left out.
         """
-        self._plan_id, self._group, self._timeout_s = plan.plan_id, process_group, timeout_s
-        me = self._me = dist.get_rank(process_group)
-        rounds = message_rounds(
-            plan.copies,
-            source_processes=source_processes,
-            target_processes=target_processes,
-            message_bytes=message_bytes,
-            weight_bytes=dtype.itemsize,
-        )
-        self._rounds = [
-            mine
-            for one in rounds
-            if (mine := tuple(m for m in one if me in (m.sender, m.receiver)))
-        ]
-        self._inside = [
-            copy
-            for copy in plan.copies
-            if source_processes[copy.source_rank] == me == target_processes[copy.target_rank]
-        ]
-        messages = [message for one in self._rounds for message in one]
-        self._receivers = sorted({m.receiver for m in messages if m.sender == me})
-        self._senders = sorted({m.sender for m in messages if m.receiver == me})
-        self._full_bytes = sum(m.num_bytes for m in messages if m.sender == me)
-        self._num_sent: defaultdict[Route, int] = defaultdict(int)
-        self._sent_bytes = 0
+        self._plan_id, self._wire = plan.plan_id, _Wire(process_group, timeout_s)
+        me = dist.get_rank(process_group)
+        sizes = (message_bytes, dtype.itemsize)
+        self._copies = _Leg.of(plan.copies, source_processes, target_processes, me, *sizes)
+        self._shares = _Leg.of(plan.shares, target_processes, target_processes, me, *sizes)
 
     @torch.no_grad()
     def push(self, sending: Sending | None, receiving: Receiving | None) -> Traffic:
@@ -132,85 +113,184 @@ class DeltaExchange:
 
         Raises:
             StaleWeightsError: the two sides plan differently or sources send different versions;
-                nothing was written.
-            EnvironmentFault: a peer did not answer in time. In both cases the chain of a receiver
-                that wrote anything holds nothing, and the next push sends it everything.
+                nothing was written. Or a message was damaged.
+            EnvironmentFault: a peer did not answer in time. Whenever anything was written, the
+                chain of the receiver holds nothing, and the next push sends it everything.
         """
-        self._sent_bytes = 0
+        self._wire.sent_bytes = 0
         held = self._learn_what_is_held(receiving)
-        headers = self._headers(held, sending)
-        self._accept(headers, sending, receiving)
-        if self._inside:
-            copy_boxes(self._inside, _of(sending).storages, _of(receiving).storages)
-        for messages in self._rounds:
-            bodies = {
-                m.receiver: self._body(m, headers[m.receiver], _of(sending))
-                for m in messages
-                if m.sender == self._me
-            }
-            received = self._swap_bodies(messages, bodies)
-            for message in messages:
-                if message.receiver == self._me:
-                    body = received[message.sender]
-                    apply_delta(body, message.copies, _of(receiving).storages)
-        num_full = sum(header.base is None for header in headers.values())
-        return Traffic(self._sent_bytes, self._full_bytes, num_full)
-
-    def _learn_what_is_held(self, receiving: Receiving | None) -> dict[int, Held]:
-        """Tell senders what is held here; return what the receivers hold."""
-        mine = {}
-        if self._senders:
-            statement = Held(self._plan_id, _of(receiving).chain.held).pack()
-            mine = dict.fromkeys(self._senders, _bytes_of(statement))
-        answers = self._swap(mine, dict.fromkeys(self._receivers, Held.NUM_BYTES))
-        return {receiver: Held.unpack(answer.tobytes()) for receiver, answer in answers.items()}
-
-    def _headers(self, held: Mapping[int, Held], sending: Sending | None) -> dict[int, DeltaHeader]:
-        """Return what each receiver is sent: a delta if it holds the baseline, else everything."""
-        headers: dict[int, DeltaHeader] = {}
-        for receiver, holds in held.items():
-            here = _of(sending)
-            base = None if here.is_anchor else here.baseline.version
-            if holds.version != base:
-                base = None
-            headers[receiver] = DeltaHeader(self._plan_id, base, here.version)
-        return headers
-
-    def _accept(
-        self,
-        headers: Mapping[int, DeltaHeader],
-        sending: Sending | None,
-        receiving: Receiving | None,
-    ) -> None:
-        packed = {receiver: _bytes_of(header.pack()) for receiver, header in headers.items()}
-        answers = self._swap(packed, dict.fromkeys(self._senders, DeltaHeader.NUM_BYTES))
-        arrived = [DeltaHeader.unpack(answer.tobytes()) for answer in answers.values()]
-        if self._inside:
-            arrived.append(DeltaHeader(self._plan_id, None, _of(sending).version))
+        headers = {to: self._header(held[to], _of(sending)) for to in self._copies.receivers}
+        arrived = self._swap_headers(headers)
+        if self._copies.inside:  # copied in full, on top of whatever is held
+            arrived.append(self._header_inside(_of(sending), _of(receiving)))
+        before = _Before()
         if arrived:
-            _of(receiving).chain.accept(arrived, self._plan_id)
+            here = _of(receiving)
+            before = self._before_sharing(here, held, arrived)
+            here.chain.accept(arrived, self._plan_id)
 
-    def _body(self, message: Message, header: DeltaHeader, sending: Sending) -> Bytes:
-        base = None if header.base is None else sending.baseline.storages
-        return encode_delta(message.copies, sending.storages, base)
+        def copied(receiver: int, copies: Sequence[Copy]) -> Bytes:
+            here = _of(sending)
+            base = None if headers[receiver].base is None else here.baseline.storages
+            return encode_delta(copies, here.storages, base)
 
-    def _swap_bodies(self, messages: Round, bodies: Mapping[int, Bytes]) -> dict[int, Bytes]:
-        """Send sizes, then contents; return the contents that arrived, by sender."""
-        senders = [m.sender for m in messages if m.receiver == self._me]
-        sizes = {to: np.array([len(body)], "<i8").view(np.uint8) for to, body in bodies.items()}
-        announced = self._swap(sizes, dict.fromkeys(senders, 8))
-        return self._swap(
-            bodies, {sender: int(size.view("<i8")[0]) for sender, size in announced.items()}
+        def shared(receiver: int, copies: Sequence[Copy]) -> Bytes:
+            base = before.storages if receiver in before.receivers else None
+            return encode_delta(copies, _of(receiving).storages, base)
+
+        targets = receiving.storages if receiving else {}
+        copy_boxes(self._copies.inside, sending.storages if sending else {}, targets)
+        self._carry(self._copies, copied, targets)
+        copy_boxes(self._shares.inside, targets, targets)
+        self._carry(self._shares, shared, targets)
+        num_full = sum(header.base is None for header in headers.values())
+        num_full += len(self._shares.receivers) - len(before.receivers)
+        full_bytes = self._copies.full_bytes + self._shares.full_bytes
+        return Traffic(self._wire.sent_bytes, full_bytes, num_full)
+
+    def _learn_what_is_held(self, receiving: Receiving | None) -> dict[int, ServedVersion | None]:
+        """Tell those who send to here what is held here; return what others hold, by process."""
+        told = sorted({*self._copies.senders, *self._shares.senders})
+        asked = sorted({*self._copies.receivers, *self._shares.receivers})
+        mine = Held(self._plan_id, _of(receiving).chain.held).pack() if told else b""
+        answers = self._wire.swap(
+            dict.fromkeys(told, _buffer(mine)), dict.fromkeys(asked, Held.NUM_BYTES)
+        )
+        held = {peer: Held.unpack(answer.tobytes()) for peer, answer in answers.items()}
+        # Who has another plan learns it from the header it is sent and refuses, as this side does.
+        return {
+            peer: one.version if one.plan_id == self._plan_id else None
+            for peer, one in held.items()
+        }
+
+    def _header(self, held: ServedVersion | None, sending: Sending) -> DeltaHeader:
+        """Return what a receiver is sent: a delta if it holds the baseline, else everything."""
+        base = sending.baseline.version
+        if sending.is_anchor or held != base:
+            base = None
+        return DeltaHeader(self._plan_id, base, sending.version)
+
+    def _header_inside(self, sending: Sending, receiving: Receiving) -> DeltaHeader:
+        base = None if sending.is_anchor else receiving.chain.held
+        return DeltaHeader(self._plan_id, base, sending.version)
+
+    def _swap_headers(self, headers: Mapping[int, DeltaHeader]) -> list[DeltaHeader]:
+        outgoing = {receiver: _buffer(header.pack()) for receiver, header in headers.items()}
+        incoming = dict.fromkeys(self._copies.senders, DeltaHeader.NUM_BYTES)
+        answers = self._wire.swap(outgoing, incoming)
+        return [DeltaHeader.unpack(answer.tobytes()) for answer in answers.values()]
+
+    def _before_sharing(
+        self,
+        receiving: Receiving,
+        held: Mapping[int, ServedVersion | None],
+        arriving: Sequence[DeltaHeader],
+    ) -> _Before:
+        """Keep what is shared as it is now, for those peers that hold the same now."""
+        mine = receiving.chain.held
+        if mine is None or any(header.base is None for header in arriving):
+            return _Before()
+        receivers = frozenset(to for to in self._shares.receivers if held[to] == mine)
+        kept: defaultdict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        for messages in self._shares.rounds:
+            for message in messages:
+                for copy in message.copies if message.receiver in receivers else ():
+                    name, rank = copy.source_storage, copy.source_rank
+                    if name not in kept[rank]:
+                        kept[rank][name] = receiving.storages[rank][name].clone()
+        return _Before(receivers, kept)
+
+    def _carry(
+        self,
+        leg: _Leg,
+        encode: Callable[[int, Sequence[Copy]], Bytes],
+        targets: RankStorages,
+    ) -> None:
+        """Carry out one leg, round by round: sizes, then contents."""
+        for messages in leg.rounds:
+            incoming = {m.sender: m.copies for m in messages if m.receiver == leg.me}
+            bodies = {
+                m.receiver: encode(m.receiver, m.copies) for m in messages if m.sender == leg.me
+            }
+            sizes = {to: np.array([len(body)], "<i8").view(np.uint8) for to, body in bodies.items()}
+            announced = self._wire.swap(sizes, dict.fromkeys(incoming, 8))
+            received = self._wire.swap(
+                bodies, {sender: int(size.view("<i8")[0]) for sender, size in announced.items()}
+            )
+            for sender, body in received.items():
+                apply_delta(body, incoming[sender], targets)
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What a target rank held before a push, as far as it shares it."""
+
+    receivers: frozenset[int] = frozenset()
+    storages: RankStorages | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Leg:
+    """The messages that begin or end in process ``me``, and the copies that stay inside it."""
+
+    me: int
+    rounds: tuple[Round, ...]
+    inside: tuple[Copy, ...]
+    receivers: tuple[int, ...]
+    senders: tuple[int, ...]
+    full_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        copies: Sequence[Copy],
+        source_processes: Sequence[int],
+        target_processes: Sequence[int],
+        me: int,
+        message_bytes: int,
+        weight_bytes: int,
+    ) -> _Leg:
+        rounds = message_rounds(
+            copies,
+            source_processes=source_processes,
+            target_processes=target_processes,
+            message_bytes=message_bytes,
+            weight_bytes=weight_bytes,
+        )
+        mine = [tuple(m for m in one if me in (m.sender, m.receiver)) for one in rounds]
+        sent = [message for one in mine for message in one if message.sender == me]
+        received = [message for one in mine for message in one if message.receiver == me]
+        return cls(
+            me,
+            tuple(filter(None, mine)),
+            tuple(
+                copy
+                for copy in copies
+                if source_processes[copy.source_rank] == me == target_processes[copy.target_rank]
+            ),
+            tuple(sorted({message.receiver for message in sent})),
+            tuple(sorted({message.sender for message in received})),
+            sum(message.num_bytes for message in sent),
         )
 
-    def _swap(self, outgoing: Mapping[int, Bytes], incoming: Mapping[int, int]) -> dict[int, Bytes]:
-        """Send a buffer to each receiver and return one of a known size from each sender."""
+
+class _Wire:
+    """Buffers of bytes to and from peers."""
+
+    def __init__(self, process_group: dist.ProcessGroup, timeout_s: float) -> None:
+        self._group, self._me = process_group, dist.get_rank(process_group)
+        self._timeout_s = timeout_s
+        self._num_sent: defaultdict[Route, int] = defaultdict(int)
+        self.sent_bytes = 0
+
+    def swap(self, outgoing: Mapping[int, Bytes], incoming: Mapping[int, int]) -> dict[int, Bytes]:
+        """Send a buffer to each receiver; return one of a known size from each sender."""
         arrived = {sender: np.empty(size, np.uint8) for sender, size in incoming.items()}
         transfers = [self._transfer((sender, self._me), into) for sender, into in arrived.items()]
         transfers += [self._transfer((self._me, to), body) for to, body in outgoing.items()]
         if transfers:
             InFlight(transfers, self._group).wait(self._timeout_s)
-        self._sent_bytes += sum(map(len, outgoing.values()))
+        self.sent_bytes += sum(map(len, outgoing.values()))
         return arrived
 
     def _transfer(self, route: Route, buffer: Bytes) -> Transfer:
@@ -232,5 +312,5 @@ def _of(role: _Role | None) -> _Role:
     return role
 
 
-def _bytes_of(packed: bytes) -> Bytes:
+def _buffer(packed: bytes) -> Bytes:
     return np.frombuffer(bytearray(packed), np.uint8)
