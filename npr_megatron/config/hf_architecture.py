@@ -142,9 +142,18 @@ def _without_layout(table: Mapping[str, Any], supported: Sequence[str]) -> list[
         ("attention_bias", table.get("attention_bias", False), False),
         ("mlp_bias", table.get("mlp_bias", False), False),
         ("decoder_sparse_step", table.get("decoder_sparse_step", 1), 1),
-        ("quantization_config", table.get("quantization_config"), None),
+        ("quantization_config", _unreadable_quantisation(table), None),
     )
     return reasons + _differences(checks)
+
+
+def _unreadable_quantisation(table: Mapping[str, Any]) -> Any:
+    """Return how weights are quantised; None where they are not, or in FP8 blocks, which
+    ``weights.hf`` reads as the numbers they stand for."""
+    found = table.get("quantization_config")
+    blockwise = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    is_blockwise = isinstance(found, dict) and found == {**found, **blockwise}
+    return None if is_blockwise else table.get("quantization_config")
 
 
 def _fields(table: Mapping[str, Any], family: str) -> tuple[dict[str, Any], list[str]]:

@@ -121,9 +121,14 @@ def open_with_error(rank, world_size, init_method, job):
             MODEL.model_copy(update={"num_key_value_heads": 3}),
             ("LayoutError", "num_key_value_heads 3"),
         ),
+        (
+            ParallelConfig(vocab_divisor=48),
+            MODEL,
+            ("LayoutError", "word_embeddings.weight: Megatron built weights [64, 32]"),
+        ),
     ],
 )
-def test_an_impossible_layout_is_refused_before_anything_is_built(
+def test_a_rank_refuses_an_impossible_layout_and_one_that_its_modules_do_not_have(
     parallel, model, error, hf_folder, tmp_path
 ):
     job = Job(hf_folder=hf_folder, model=model, parallel=parallel)

@@ -105,6 +105,17 @@ def test_weights_without_a_layout_are_refused_by_name(tmp_path, config, changes,
     assert reason in str(caught.value)
 
 
+def test_weights_in_fp8_blocks_are_read_and_other_blocks_refused(tmp_path):
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    folder = write_config(tmp_path, QWEN3_4B, quantization_config=fp8)
+    assert read_architecture(folder) == EXPECTED_4B
+    folder = write_config(
+        tmp_path, QWEN3_4B, quantization_config={**fp8, "weight_block_size": [64, 64]}
+    )
+    with pytest.raises(InputError, match="quantization_config is"):
+        read_architecture(folder)
+
+
 @pytest.mark.parametrize("missing", ["hidden_size", "num_attention_heads", "n_routed_experts"])
 def test_missing_keys_are_named_as_the_file_names_them(tmp_path, missing):
     with pytest.raises(InputError, match=f"{missing} is missing"):
