@@ -87,16 +87,16 @@ def shapes_with_scales(model: ModelConfig, quantisation: Quantisation):
 def test_served_sources_hold_every_element_and_every_scale(topology, block):
     model = topology.model
     quantisation = Quantisation.of(model, block)
-    source = trainer_layout(model, topology.parallel)
-    served = quantised_layout(source, quantisation, may_straddle=True)
+    served = quantised_layout(topology.source, quantisation, may_straddle=True)
     assert coverage_problems(served, shapes_with_scales(model, quantisation)) == []
+    expected = {parameter.name: parameter.dtype for parameter in canonical_parameters(model)}
+    expected |= dict.fromkeys(quantisation.shapes, "fp8_e4m3")
+    expected |= dict.fromkeys(map(scales_of, quantisation.shapes), "fp32")
     labels = block_numbers(quantisation)
     for rank_layout in served.ranks:
         dtypes = {storage.name: storage.dtype for storage in rank_layout.storages}
         for tile in rank_layout.tiles:
-            expected = "fp32" if tile.storage.endswith("_scale_inv") else None
-            is_quantised = tile.parameter in quantisation.shapes
-            assert dtypes[tile.storage] == ("fp8_e4m3" if is_quantised else expected)
+            assert dtypes[tile.storage] == expected[tile.parameter]
         held = filled(rank_layout, labels)
         for tile in rank_layout.tiles:  # an owner of a scale holds the first element of its block
             if tile.parameter in quantisation.shapes and scales_of(tile.storage) in held:
@@ -110,7 +110,7 @@ def test_served_sources_hold_every_element_and_every_scale(topology, block):
 def test_an_engine_finds_the_scale_of_each_element_in_its_place(topology, block):
     model, quantisation = topology.model, Quantisation.of(topology.model, block)
     try:
-        served = quantised_layout(engine_layout(model, topology.engine_tp_size), quantisation)
+        served = quantised_layout(topology.target, quantisation)
     except LayoutError:
         assume(False)
     assert coverage_problems(served, shapes_with_scales(model, quantisation)) == []
@@ -128,8 +128,7 @@ def test_an_engine_finds_the_scale_of_each_element_in_its_place(topology, block)
 @given(topology=topologies(), block=st.integers(2, 6))
 def test_straddling_blocks_are_those_that_a_holder_does_not_hold_whole(topology, block):
     quantisation = Quantisation.of(topology.model, block)
-    source = trainer_layout(topology.model, topology.parallel)
-    found = {}
+    source, found = topology.source, {}
     for shared in straddling_blocks(source, quantisation):
         for offset in np.ndindex(*shared.blocks.shape):
             place = tuple(np.add(shared.blocks.start, offset).tolist())
@@ -158,8 +157,7 @@ def slow_straddling_blocks(layout: Layout, quantisation: Quantisation):
 @given(topology=topologies(), block=st.integers(1, 4))
 def test_planner_and_verifier_take_quantised_layouts_for_ordinary_ones(topology, block):
     model, quantisation = topology.model, Quantisation.of(topology.model, block)
-    trainer = trainer_layout(model, topology.parallel)
-    source = quantised_layout(trainer, quantisation, may_straddle=True)
+    source = quantised_layout(topology.source, quantisation, may_straddle=True)
     target = quantised_layout(canonical_layout(model), quantisation)
     assert verify_transfer(plan_transfer(source, target), source, target) == []
 

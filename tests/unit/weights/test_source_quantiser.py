@@ -36,7 +36,7 @@ def random_weights(model, seed: int, dtype: torch.dtype) -> Tensors:
         values = torch.randn(parameter.shape, generator=generator)
         rows = (parameter.shape[0], *[1] * (values.dim() - 1))
         values *= 2.0 ** torch.randint(-6, 6, rows, generator=generator)
-        weights[parameter.name] = values.to(dtype)
+        weights[parameter.name] = values if parameter.dtype == "fp32" else values.to(dtype)
     return weights
 
 
@@ -102,7 +102,7 @@ def test_every_topology_quantises_to_the_bytes_of_whole_matrices(
     topology, block, rule, dtype, seed
 ):
     model, quantisation = topology.model, Quantisation.of(topology.model, block, rule)
-    layout = trainer_layout(model, topology.parallel)
+    layout = topology.source
     served = quantised_layout(layout, quantisation, may_straddle=True)
     weights = random_weights(model, seed, dtype)
     written = quantised_by_ranks(layout, served, quantisation, filled(layout, weights, dtype))
