@@ -43,6 +43,7 @@ _EXPERT_KEYS = {
         "num_experts_per_tok": "num_experts_per_tok",
         "moe_intermediate_size": "moe_intermediate_size",
         "num_dense_layers": "first_k_dense_replace",
+        "shared_intermediate_size": "n_shared_experts",
     },
 }
 """Keys of ``config.json`` behind the fields of MoeConfig."""
@@ -89,7 +90,10 @@ def not_computed(table: Mapping[str, Any]) -> list[str]:
     """Return one sentence per setting of a ``config.json`` that changes the mathematics and no
     weight, and that training and decoding do not follow."""
     rope = _rope_settings(table)
-    layer_types = sorted(set(table.get("layer_types") or ()) - {"full_attention"})
+    layer_types: Any = table.get("layer_types") or []
+    if isinstance(layer_types, list):
+        known = cast("list[Any]", layer_types)
+        layer_types = [t for i, t in enumerate(known) if t not in ("full_attention", *known[:i])]
     checks: tuple[tuple[str, Any, Any], ...] = (
         ("hidden_act", table.get("hidden_act", "silu"), "silu"),
         ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
@@ -144,6 +148,11 @@ def _without_layout(table: Mapping[str, Any], supported: Sequence[str]) -> list[
         ("decoder_sparse_step", table.get("decoder_sparse_step", 1), 1),
         ("quantization_config", _unreadable_quantisation(table), None),
     )
+    reasons += [
+        f"{name} is {json.dumps(table[name])}, supported is a table"
+        for name in ("rope_parameters", "rope_scaling")
+        if not isinstance(table.get(name) or {}, dict)
+    ]
     return reasons + _differences(checks)
 
 
@@ -202,9 +211,10 @@ def _qwen_experts(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _glm_experts(table: Mapping[str, Any]) -> dict[str, Any]:
-    num_shared, inner = table.get("n_shared_experts", 1), table.get("moe_intermediate_size")
-    fields = {"num_dense_layers": 1, "has_expert_bias": True, **_expert_fields(table, "glm4_moe")}
-    if isinstance(num_shared, int) and isinstance(inner, int):
+    defaults = {"num_dense_layers": 1, "shared_intermediate_size": 1, "has_expert_bias": True}
+    fields = {**defaults, **_expert_fields(table, "glm4_moe")}
+    num_shared, inner = fields["shared_intermediate_size"], fields.get("moe_intermediate_size")
+    if isinstance(num_shared, int) and isinstance(inner, int) and num_shared > 0:
         fields["shared_intermediate_size"] = num_shared * inner
     return fields
 
@@ -216,7 +226,8 @@ def _expert_fields(table: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 def _rope_settings(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rotary settings: transformers 5 writes a table of their own, older ones flat."""
-    return table.get("rope_parameters") or table.get("rope_scaling") or {}
+    found: Any = table.get("rope_parameters") or table.get("rope_scaling")
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
 
 def _differences(checks: Sequence[tuple[str, Any, Any]]) -> list[str]:

@@ -148,10 +148,8 @@ class _Declaration:
         yield _copied("mlp.router.weight", ROUTER, shapes)
         if moe.has_expert_bias:
             yield whole("mlp.router.expert_bias", EXPERT_BIAS, shapes[EXPERT_BIAS], "fp32")
-        num_local, etp_size = (
-            moe.num_experts // self._parallel.ep_size,
-            expert_tp_size(self._parallel),
-        )
+        num_local = moe.num_experts // self._parallel.ep_size
+        etp_size = expert_tp_size(self._parallel)
         for local in range(num_local):
             own = f"mlp.experts.local_experts.{local}"
             yield from _mlp(own, expert(shard.ep * num_local + local), shapes, shard.etp, etp_size)

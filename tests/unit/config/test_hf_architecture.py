@@ -156,6 +156,25 @@ def test_what_is_not_computed_says_nothing_about_weights():
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("n_shared_experts", "one", 'n_shared_experts cannot be "one"'),
+        ("n_shared_experts", -1, "n_shared_experts cannot be -1"),
+        ("rope_parameters", "yarn", 'rope_parameters is "yarn", supported is a table'),
+        ("rope_scaling", 8, "rope_scaling is 8, supported is a table"),
+        ("layer_types", 3, "layer types beside full_attention is 3"),
+        ("layer_types", [["sliding"]], 'layer types beside full_attention is [["sliding"]]'),
+    ],
+)
+def test_values_of_a_wrong_kind_are_refused_too(tmp_path, key, value, reason):
+    reader = read_architecture if key == "n_shared_experts" else read_trainable_architecture
+    config = GLM_4_6 if key == "n_shared_experts" else QWEN3_4B
+    with pytest.raises(InputError) as caught:
+        reader(write_config(tmp_path, config, **{key: value}))
+    assert reason in str(caught.value)
+
+
 @pytest.mark.parametrize("content", ["[]", "{", json.dumps("x")])
 def test_a_file_that_is_no_table_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
