@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +87,12 @@ class Census:
     def shares(self, rank: int, storages: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Return the share of ``rank`` in each cover, from its tensors (of 1, 2, 4 or 8 bytes)."""
         return self.sum_tiles(rank, self.tile_digests(rank, storages))
+
+
+@lru_cache(maxsize=2)
+def census_of(layout: Layout) -> Census:
+    """Return the census of ``layout``; all ranks that a process holds share one."""
+    return Census(layout)
 
 
 def digests(shares: Iterable[tuple[int, ...]]) -> set[int]:

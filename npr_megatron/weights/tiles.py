@@ -81,6 +81,9 @@ class Layout:
     """``trainer``, ``engine`` or ``canonical``; for messages."""
     ranks: tuple[RankLayout, ...]
 
+    def __hash__(self) -> int:
+        return hash(self.layout_id)  # computed once, unlike the hash of all tiles
+
     @cached_property
     def layout_id(self) -> str:
         """SHA-256 of the whole declaration (64 hexadecimal digits)."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from npr_megatron.errors import InputError, StaleWeightsError
-from npr_megatron.weights.digest import Census
+from npr_megatron.weights.digest import census_of
 from npr_megatron.weights.executors.shard_file import (
     ShardFile,
     cannot_write,
@@ -101,7 +101,7 @@ def write_shard(
         rank=rank,
         dtype=str(dtype),
         arena_path=path.name,
-        digest_shares=Census(layout).sum_tiles(rank, file.tile_digests),
+        digest_shares=census_of(layout).sum_tiles(rank, file.tile_digests),
     )
     return ShardRecord(publication, file)
 

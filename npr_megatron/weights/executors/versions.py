@@ -9,15 +9,16 @@ and those that did not arrive as they are there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from npr_megatron.errors import LayoutError, StaleWeightsError
 from npr_megatron.weights.copies import Copy
-from npr_megatron.weights.digest import Census
+from npr_megatron.weights.digest import census_of
 from npr_megatron.weights.executors.inproc import copy_boxes
-from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.plan import TransferPlan, plan_transfer
 from npr_megatron.weights.publication import Publication, RankPublication
 from npr_megatron.weights.slots import SlotHeader, Slots
 from npr_megatron.weights.storages import check_storages, weights_dtype
@@ -35,7 +36,7 @@ class VersionWriter:
 
     def __init__(self, layout: Layout, rank: int, dtype: torch.dtype) -> None:
         self._layout, self._rank, self._dtype = layout, rank, dtype
-        self._census = Census(layout)
+        self._census = census_of(layout)
 
     @torch.no_grad()
     def write(self, version: int, fill: Fill, slots: Slots, address: str) -> RankPublication:
@@ -91,13 +92,11 @@ class VersionReader:
         Raises:
             LayoutError: the layouts are not of the same model.
         """
-        plan = plan_transfer(source, target)
-        if problems := verify_transfer(plan, source, target):
-            raise LayoutError("the planned transfer is wrong:\n" + "\n".join(problems))
+        plan = _proven_plan(source, target)
         self.source, self._target, self._rank = source, target, target_rank
         self.copies = plan.copies_to(target_rank)
         self.source_ranks = sorted({copy.source_rank for copy in self.copies})
-        self._census = Census(target)
+        self._census = census_of(target)
 
     def shares(self, into: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Return this rank's digest shares of what ``into`` holds."""
@@ -162,7 +161,7 @@ class VersionReader:
         """
         slots = {rank: find_slot(held, publication) for rank, held in sources.items()}
         found: dict[str, None] = {}
-        census = Census(self.source)
+        census = census_of(self.source)
         for rank, held in sources.items():
             there = held.tile_digests(slots[rank])
             here = census.tile_digests(rank, held.storages(slots[rank]))
@@ -192,6 +191,15 @@ class VersionReader:
                 f"version {publication.version} was overwritten while it was read; pull the newest"
             )
         return self.shares(into)
+
+
+@lru_cache(maxsize=2)
+def _proven_plan(source: Layout, target: Layout) -> TransferPlan:
+    """Return the plan for all target ranks; those that one process holds share it."""
+    plan = plan_transfer(source, target)
+    if problems := verify_transfer(plan, source, target):
+        raise LayoutError("the planned transfer is wrong:\n" + "\n".join(problems))
+    return plan
 
 
 def find_slot(held: Slots, publication: Publication) -> int:
