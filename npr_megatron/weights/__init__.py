@@ -3,7 +3,7 @@
 ::
 
     names, box, tiles      canonical parameters, boxes of them, tiles of storages
-    layout                 trainer, engine and HF as tiles             (declarations; no torch)
+    layout, layout_*       trainer, engine and HF as tiles             (declarations; no torch)
     plan -> verify         the copies between two layouts, and an independent proof   (no torch)
     storages, hf           dicts of tensors; HF folders and new random models
     digest, publication    one number for a model in any layout; what control messages carry

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from npr_megatron.config.engine import FleetConfig
 from npr_megatron.config.loader import load_run, parse_value
 from npr_megatron.errors import ConfigError
 
@@ -83,7 +84,7 @@ def test_an_unknown_key_names_the_nearest_one():
 
 def test_an_unknown_key_without_a_near_one_lists_all_keys():
     (problem,) = problems_of(QUICKSTART, ["fleet.colour=1"])
-    assert "its keys are num_replicas, request_timeout_s, max_restarts" in problem
+    assert "its keys are num_replicas, request_timeout_s, push_timeout_s, max_restarts" in problem
 
 
 def test_every_problem_is_reported_at_once():
