@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from npr_megatron.config.run import RunConfig
@@ -34,10 +34,17 @@ _BOUNDS = {
 }
 
 
-def explain(error: ValidationError) -> list[str]:
-    """Return one sentence per problem in ``error``, in the order of the file's sections."""
-    root = RunConfig.model_json_schema()
-    return [_sentence(detail, root) for detail in error.errors()]
+def explain(
+    error: ValidationError, section: type[BaseModel] = RunConfig, file: str = "the run file"
+) -> list[str]:
+    """Return one sentence per problem in ``error``, in the order of the file's sections.
+
+    Args:
+        section: what was validated.
+        file: what an author calls the whole of it.
+    """
+    root = section.model_json_schema()
+    return [_sentence(detail, root, file) for detail in error.errors()]
 
 
 def nearest(name: str, names: Sequence[str]) -> str | None:
@@ -45,11 +52,11 @@ def nearest(name: str, names: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None)
 
 
-def _sentence(detail: ErrorDetails, root: Schema) -> str:
+def _sentence(detail: ErrorDetails, root: Schema, file: str) -> str:
     keys, node, parent = _locate(detail["loc"], root)
     path, kind = _dotted(keys), detail["type"]
     if kind == "extra_forbidden":
-        return _unknown_key(keys, parent)
+        return _unknown_key(keys, parent, file)
     if kind == "missing":
         return f"{path} is missing; {_how_to_add(keys, node)}"
     if kind == "union_tag_not_found":
@@ -98,9 +105,9 @@ def _plain(node: Schema, root: Schema) -> Schema:
     return {**node, **own}
 
 
-def _unknown_key(keys: list[str | int], parent: Schema) -> str:
+def _unknown_key(keys: list[str | int], parent: Schema, file: str) -> str:
     names = list(parent.get("properties", {}))
-    table = f"[{_dotted(keys[:-1])}]" if len(keys) > 1 else "the run file"
+    table = f"[{_dotted(keys[:-1])}]" if len(keys) > 1 else file
     meant = nearest(str(keys[-1]), names)
     remedy = f"did you mean {meant}?" if meant else f"its keys are {', '.join(names)}"
     return f"{_dotted(keys)} is not a key of {table}; {remedy}"

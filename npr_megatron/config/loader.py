@@ -50,24 +50,23 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def read_toml(path: str | Path) -> Table:
-    """Return the parsed TOML file ``path``; ConfigError when it is missing, unreadable or
-    broken."""
+def read_toml(path: str | Path, file: str = "run file") -> Table:
+    """Return the parsed TOML file ``path``; ConfigError when it is missing, unreadable or broken.
+
+    ``file`` is what its author calls it."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(
-            f"run file {path} does not exist; give the path of a .toml file"
-        ) from None
+        raise ConfigError(f"{file} {path} does not exist; give the path of a .toml file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"run file {path} cannot be read: {error}; give a UTF-8 text file"
+            f"{file} {path} cannot be read: {error}; give a UTF-8 text file"
         ) from error
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
-            f"run file {path} is not valid TOML: {error}; strings need quotes, a key stands once "
+            f"{file} {path} is not valid TOML: {error}; strings need quotes, a key stands once "
             "per table"
         ) from error
 

@@ -16,7 +16,7 @@ from npr_megatron.config.loader import parse_value, read_toml
 from npr_megatron.errors import ConfigError
 
 
-class ClusterConfig(Section):
+class HardwareConfig(Section):
     """Nodes of equal GPUs, each with its own NIC."""
 
     num_nodes: PositiveInt | None = None
@@ -40,7 +40,7 @@ class ClusterConfig(Section):
 
 def read_cluster(
     path: Path | None = None, overrides: dict[str, str] | None = None
-) -> ClusterConfig:
+) -> HardwareConfig:
     """Return the cluster described by a TOML file (None: the defaults) after ``overrides``.
 
     Raises:
@@ -50,10 +50,10 @@ def read_cluster(
     Example:
         ``read_cluster(overrides={"nic_gb_per_s": "22.5", "gpus_per_node": "4"})``
     """
-    table = read_toml(path) if path is not None else {}
+    table = read_toml(path, "cluster file") if path is not None else {}
     for key, text in (overrides or {}).items():
         table[key] = parse_value(text)
     try:
-        return ClusterConfig.model_validate(table)
+        return HardwareConfig.model_validate(table, strict=True)
     except ValidationError as error:
-        raise ConfigError([f"cluster: {problem}" for problem in explain(error)]) from None
+        raise ConfigError(explain(error, HardwareConfig, "the cluster")) from None

@@ -14,7 +14,7 @@ import numpy as np
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.errors import ConfigError, LayoutError
-from npr_megatron.planning.cluster import ClusterConfig
+from npr_megatron.planning.cluster import HardwareConfig
 from npr_megatron.planning.push_floor import GB
 from npr_megatron.planning.push_request import WEIGHT_BYTES, PushRequest, ServedDtype
 from npr_megatron.planning.push_volume import NodeKind, PushVolume
@@ -25,6 +25,7 @@ from npr_megatron.weights.names import canonical_parameters
 from npr_megatron.weights.plan import TransferPlan, plan_transfer
 from npr_megatron.weights.served_layout import Quantisation, quantised_layout
 from npr_megatron.weights.tiles import Layout, RankLayout
+from npr_megatron.weights.verify import verify_transfer
 
 Needs = dict[tuple[str, Box], int]
 """Bytes of each distinct box of each parameter that a node needs."""
@@ -55,7 +56,7 @@ class FleetPlan:
     """What must cross into the fleet's nodes, counted from the tiles alone [bytes]."""
 
 
-def plan_fleet(request: PushRequest, cluster: ClusterConfig) -> FleetPlan:
+def plan_fleet(request: PushRequest, cluster: HardwareConfig) -> FleetPlan:
     """Return the plans of ``request`` on nodes of ``cluster``.
 
     Raises:
@@ -77,6 +78,20 @@ def plan_fleet(request: PushRequest, cluster: ClusterConfig) -> FleetPlan:
         for unit, nodes in zip(units, needs, strict=True)
     )
     return FleetPlan(source=source, units=units, volume=volume, minimum_bytes=minimum)
+
+
+def require_proven(fleet: FleetPlan) -> None:
+    """Prove every plan of a fleet with the independent verifier.
+
+    Raises:
+        LayoutError: a plan is wrong, which is a defect of the planner.
+    """
+    for unit in fleet.units:
+        if problems := verify_transfer(unit.plan, fleet.source, unit.target):
+            raise LayoutError(
+                f"plan {unit.plan.plan_id[:12]} is wrong in {len(problems)} places, first: "
+                f"{problems[0]}; report this with the command you gave"
+            )
 
 
 def served_bytes(model: ModelConfig, dtype: ServedDtype) -> int:
@@ -120,7 +135,7 @@ def _layouts(request: PushRequest) -> tuple[Layout, Layout]:
 
 
 def _shortages(
-    request: PushRequest, engine: Layout, cluster: ClusterConfig, weight_bytes: int
+    request: PushRequest, engine: Layout, cluster: HardwareConfig, weight_bytes: int
 ) -> Iterable[str]:
     """Return why the cluster cannot hold trainer and fleet."""
     per_node = cluster.gpus_per_node

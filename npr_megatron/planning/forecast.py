@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from npr_megatron.planning.cluster import ClusterConfig
+from npr_megatron.planning.cluster import HardwareConfig
 from npr_megatron.planning.fleet_plan import FleetPlan, FleetUnit
 from npr_megatron.planning.pause import Pause, pauses
 from npr_megatron.planning.push_floor import (
@@ -122,7 +122,7 @@ class Forecast:
 def forecast(
     fleet: FleetPlan,
     dtype: ServedDtype,
-    cluster: ClusterConfig,
+    cluster: HardwareConfig,
     max_depth: int | None = None,
 ) -> Forecast:
     """Return what the plans of a fleet move, and predict how long that takes on ``cluster``."""
@@ -144,7 +144,7 @@ def forecast(
     )
 
 
-def _relaying(volume: PushVolume, cluster: ClusterConfig, max_depth: int | None) -> Relaying:
+def _relaying(volume: PushVolume, cluster: HardwareConfig, max_depth: int | None) -> Relaying:
     roots = count_roots(volume, cluster.gpus_per_node, max_depth)
     source_s = max(volume.root_egress(roots)) / (cluster.nic_gb_per_s * 1e9)
     depths = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from npr_megatron.planning.cluster import ClusterConfig
+from npr_megatron.planning.cluster import HardwareConfig
 from npr_megatron.planning.push_floor import GB
 
 
@@ -22,7 +22,7 @@ class Pause:
     """Weights and spare memory fit the GPU together."""
 
 
-def pauses(gpu_bytes: int, transfer_s: float, cluster: ClusterConfig) -> tuple[Pause, ...]:
+def pauses(gpu_bytes: int, transfer_s: float, cluster: HardwareConfig) -> tuple[Pause, ...]:
     """Return the pause of each mode for GPUs that hold ``gpu_bytes`` of weights.
 
     ``in place`` receives into the served weights; ``shadow`` and ``kv pages`` receive into spare

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from npr_megatron.planning.cluster import ClusterConfig
+from npr_megatron.planning.cluster import HardwareConfig
 from npr_megatron.planning.push_volume import NodeKind, PushVolume
 from npr_megatron.planning.relays import chain_length, count_roots
 
@@ -62,7 +62,7 @@ class PushFloor:
         )
 
 
-def push_floor(volume: PushVolume, cluster: ClusterConfig) -> PushFloor:
+def push_floor(volume: PushVolume, cluster: HardwareConfig) -> PushFloor:
     """Return the lower bounds of a push on links at line rate."""
     nic, nvlink = cluster.nic_line_gb_per_s * GB, cluster.nvlink_gb_per_s * GB
     sources = volume.num_source_gpus
@@ -75,7 +75,7 @@ def push_floor(volume: PushVolume, cluster: ClusterConfig) -> PushFloor:
     )
 
 
-def direct_time(volume: PushVolume, cluster: ClusterConfig) -> PushTime:
+def direct_time(volume: PushVolume, cluster: HardwareConfig) -> PushTime:
     """Return the time of a push in which the source sends to every node itself.
 
     Grows with the fleet once the fleet has more NICs than the source.
@@ -84,7 +84,7 @@ def direct_time(volume: PushVolume, cluster: ClusterConfig) -> PushTime:
 
 
 def relay_time(
-    volume: PushVolume, cluster: ClusterConfig, max_depth: int | None = None
+    volume: PushVolume, cluster: HardwareConfig, max_depth: int | None = None
 ) -> PushTime:
     """Return the time of a push along chains of nodes, each forwarding what it has received.
 
@@ -109,7 +109,7 @@ def relay_time(
     return PushTime(seconds=seconds, bottleneck=bottleneck)
 
 
-def best_chunks(kind: NodeKind, cluster: ClusterConfig, depth: int, source_s: float) -> float:
+def best_chunks(kind: NodeKind, cluster: HardwareConfig, depth: int, source_s: float) -> float:
     """Return into how many chunks to cut what each NIC of a chain's node receives.
 
     Many chunks pay the hops' cost often, few fill the chain slowly. While the source takes
@@ -124,13 +124,13 @@ def best_chunks(kind: NodeKind, cluster: ClusterConfig, depth: int, source_s: fl
     return max(1.0, math.sqrt((depth - 1) * ingress / hop_s), free)
 
 
-def hop_cost(cluster: ClusterConfig) -> float:
+def hop_cost(cluster: HardwareConfig) -> float:
     """Return what forwarding a chunk costs beside its bytes [s]."""
     return cluster.hop_cost_us * 1e-6
 
 
 def _stage_times(
-    volume: PushVolume, cluster: ClusterConfig, egress: Sequence[int]
+    volume: PushVolume, cluster: HardwareConfig, egress: Sequence[int]
 ) -> dict[str, float]:
     """Return how long each resource is busy when sources send ``egress`` bytes."""
     nic = cluster.nic_gb_per_s * GB
@@ -141,7 +141,7 @@ def _stage_times(
     }
 
 
-def _ingress(kind: NodeKind, cluster: ClusterConfig) -> float:
+def _ingress(kind: NodeKind, cluster: HardwareConfig) -> float:
     return kind.node_bytes / kind.num_nics / (cluster.nic_gb_per_s * GB)
 
 

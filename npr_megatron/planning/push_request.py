@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
-from npr_megatron.config.explain import explain
 from npr_megatron.config.loader import load_run
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
@@ -54,10 +51,7 @@ def read_trainer(text: str) -> ParallelConfig:
     if text.endswith(".toml"):
         return load_run(Path(text)).parallel
     sizes = _sizes(text, "--trainer", _TRAINER_SIZES)
-    try:
-        return ParallelConfig.model_validate({f"{name}_size": sizes[name] for name in sizes})
-    except ValidationError as error:
-        raise ConfigError([f"--trainer {text!r}: {one}" for one in explain(error)]) from None
+    return ParallelConfig.model_validate({f"{name}_size": sizes[name] for name in sizes})
 
 
 def read_engine(text: str) -> tuple[int, int]:

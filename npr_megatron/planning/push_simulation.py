@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from npr_megatron.planning.cluster import ClusterConfig
+from npr_megatron.planning.cluster import HardwareConfig
 from npr_megatron.planning.conditions import Conditions
 from npr_megatron.planning.push_floor import GB, best_chunks, hop_cost
 from npr_megatron.planning.push_volume import NodeKind, PushVolume
@@ -48,7 +48,7 @@ class SimulatedPush:
 
 def simulate_relay(
     volume: PushVolume,
-    cluster: ClusterConfig,
+    cluster: HardwareConfig,
     conditions: Conditions | None = None,
     max_depth: int | None = None,
 ) -> SimulatedPush:
@@ -73,7 +73,7 @@ def simulate_relay(
 
 
 def simulate_direct(
-    volume: PushVolume, cluster: ClusterConfig, conditions: Conditions | None = None
+    volume: PushVolume, cluster: HardwareConfig, conditions: Conditions | None = None
 ) -> SimulatedPush:
     """Return how a push goes in which every source sends to every node itself.
 
@@ -118,7 +118,7 @@ class _Rails:
     def __init__(
         self,
         group: Sequence[NodeKind],
-        cluster: ClusterConfig,
+        cluster: HardwareConfig,
         source_s: float,
         depth: int,
         rates: Mapping[int, float],
@@ -196,7 +196,7 @@ def _rounds(largest_bytes: float, num_messages: int) -> int:
 
 
 def _send(
-    chunks: Times, num_rounds: int, nodes: Sequence[int], cluster: ClusterConfig, found: Conditions
+    chunks: Times, num_rounds: int, nodes: Sequence[int], cluster: HardwareConfig, found: Conditions
 ) -> Times:
     """Return when each chunk has left its source [source, round, node].
 

@@ -10,6 +10,7 @@ import typer
 from npr_megatron.cli.weights.convert import convert
 from npr_megatron.cli.weights.diff import diff
 from npr_megatron.cli.weights.plan import plan
+from npr_megatron.cli.weights.simulate import simulate
 from npr_megatron.cli.weights.verify import verify
 
 weights = typer.Typer(
@@ -20,6 +21,7 @@ weights = typer.Typer(
     "Start here:  [bold]npr weights plan qwen3-4b[/bold]",
 )
 weights.command()(plan)
+weights.command()(simulate)
 weights.command()(convert)
 weights.command()(diff)
 weights.command()(verify)

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 
 from npr_megatron.cli.options import Json
-from npr_megatron.cli.weights.plan_tables import print_forecast
 from npr_megatron.cli.weights.push_options import (
     ClusterFile,
     ClusterValues,
@@ -24,10 +23,6 @@ from npr_megatron.cli.weights.push_options import (
     Trainer,
     read_push,
 )
-from npr_megatron.errors import LayoutError
-from npr_megatron.planning.fleet_plan import FleetPlan, plan_fleet
-from npr_megatron.planning.forecast import forecast
-from npr_megatron.weights.verify import verify_transfer
 
 
 def plan(
@@ -47,17 +42,21 @@ def plan(
 ) -> None:
     """Say what a push of weights moves where, and how long it takes on a described cluster.
 
-    Needs no GPU and no weights. Times are predictions from closed forms for nodes of eight H100s;
-    describe others with --set or --cluster. Keys are those of the cluster in --json.
+    Needs no GPU and no weights. Times come from closed forms, for nodes of eight H100s unless
+    --set or --cluster say otherwise; --json shows every key of a cluster.
 
     Examples:
 
       npr weights plan qwen3-4b --trainer tp2,dp4 --engines 64
 
-      npr weights plan qwen3-235b-a22b --trainer tp4,pp2,dp8,ep8,etp1 --engine tp8,ep8 --engines 512
+      npr weights plan qwen3-32b --engine tp4 --trainer run.toml --dtype fp8
 
-      npr weights plan models/my-model --trainer run.toml --dtype fp8 --set nic_gb_per_s=22
+      npr weights plan my-model/ --engine tp8 --set nic_gb_per_s=22
     """
+    from npr_megatron.cli.weights.plan_tables import print_forecast
+    from npr_megatron.planning.fleet_plan import plan_fleet, require_proven
+    from npr_megatron.planning.forecast import forecast
+
     request, cluster = read_push(
         model,
         trainer,
@@ -71,7 +70,7 @@ def plan(
     with Console(stderr=True).status("planning"):
         fleet = plan_fleet(request, cluster)
         if verify:
-            _require_proven(fleet)
+            require_proven(fleet)
         result = forecast(fleet, request.dtype, cluster, max_depth)
 
     if as_json:
@@ -87,12 +86,3 @@ def plan(
         print(json.dumps({**described, **result.as_json()}))
     else:
         print_forecast(Console(), model, request, result, is_proven=verify)
-
-
-def _require_proven(fleet: FleetPlan) -> None:
-    for unit in fleet.units:
-        if problems := verify_transfer(unit.plan, fleet.source, unit.target):
-            raise LayoutError(
-                f"the plan is wrong in {len(problems)} places, first: {problems[0]}; "
-                "report this with the command you gave"
-            )

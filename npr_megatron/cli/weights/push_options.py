@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from npr_megatron.errors import ConfigError, InputError
-from npr_megatron.planning.cluster import ClusterConfig, read_cluster
+from npr_megatron.planning.cluster import HardwareConfig, read_cluster
 from npr_megatron.planning.models import model_of
 from npr_megatron.planning.push_request import PushRequest, read_engine, read_trainer
 
@@ -63,7 +63,7 @@ def read_push(
     dialect: Dialect,
     cluster_file: Path | None,
     cluster_values: Sequence[str],
-) -> tuple[PushRequest, ClusterConfig]:
+) -> tuple[PushRequest, HardwareConfig]:
     """Return what the arguments describe, or raise ConfigError with every problem in them."""
     problems: list[str] = []
 

@@ -6,14 +6,14 @@ import math
 
 import pytest
 
-from npr_megatron.planning.cluster import ClusterConfig
+from npr_megatron.planning.cluster import HardwareConfig
 from npr_megatron.planning.pause import pauses
 from npr_megatron.planning.push_floor import best_chunks, direct_time, push_floor, relay_time
 from npr_megatron.planning.push_volume import NodeKind, PushVolume
 from tests.unit.planning.volumes import even_volume
 
-H100 = ClusterConfig()
-LINE_RATE = ClusterConfig(nic_gb_per_s=50.0)
+H100 = HardwareConfig()
+LINE_RATE = HardwareConfig(nic_gb_per_s=50.0)
 
 # model [GB], GB per GPU, source GPUs, nodes, kinds; floor and direct at line rate, relay at 45 GB/s
 TABLE = {
@@ -78,7 +78,7 @@ def test_an_unbalanced_source_is_as_slow_as_its_busiest_nic():
 
 
 def test_slow_nvlink_bounds_nodes_of_many_small_engines():
-    cluster = ClusterConfig(nvlink_gb_per_s=20.0)
+    cluster = HardwareConfig(nvlink_gb_per_s=20.0)
     volume = even_volume(8.04, 8, 1, gpu_gb=8.04)
     assert direct_time(volume, cluster).bottleneck == "NVLink"
     # seven eighths of the model come from neighbours

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 
-from npr_megatron.planning.cluster import ClusterConfig
+from npr_megatron.planning.cluster import HardwareConfig
 from npr_megatron.planning.conditions import Conditions, draw_conditions
 from npr_megatron.planning.push_floor import direct_time, relay_time
 from npr_megatron.planning.push_simulation import simulate_direct, simulate_relay
+from npr_megatron.planning.push_volume import PushVolume
 from tests.unit.planning.volumes import even_volume
 
-H100 = ClusterConfig()
+H100 = HardwareConfig()
 GRID = [
     case
     for case in itertools.product((8.04, 65.5, 470), (8, 16, 64), (1, 3, 8, 64, 512), (1, 2, 4))
@@ -36,6 +38,21 @@ def test_small_engines_that_share_a_node_agree_too(nodes):
     relayed, direct = relay_time(volume, H100).seconds, direct_time(volume, H100).seconds
     assert simulate_relay(volume, H100).seconds == pytest.approx(relayed, rel=0.02)
     assert simulate_direct(volume, H100).seconds == pytest.approx(direct, rel=0.02)
+
+
+def test_a_half_empty_last_node_stands_last_in_a_chain_of_the_others():
+    full = even_volume(8.04, 8, 8, gpu_gb=8.04).kinds[0]
+    last = replace(full, nodes=(7,), gpu_bytes=full.gpu_bytes[:5])
+    volume = PushVolume(
+        model_bytes=8_040_000_000, kinds=(replace(full, nodes=tuple(range(7))), last)
+    )
+    result = simulate_relay(volume, H100)
+    assert result.depth == 8
+    assert result.seconds == result.finish_s[7]
+    assert result.seconds == pytest.approx(relay_time(volume, H100).seconds, rel=0.02)
+    # its five NICs alone need 36 ms, the others' eight need 22
+    assert result.finish_s[7] > 0.036
+    assert max(result.finish_s[:7]) < 0.029
 
 
 def test_235b_from_64_to_4096_gpus():
