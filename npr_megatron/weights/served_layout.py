@@ -126,23 +126,29 @@ def straddling_blocks(layout: Layout, quantisation: Quantisation) -> tuple[Share
         for tile in rank_layout.tiles:
             if tile.parameter in quantisation.shapes:
                 held[tile.parameter][tile.box].append(rank)
-    return tuple(
-        SharedBlocks(parameter, blocks, ranks)
-        for parameter in sorted(held)
-        for blocks, ranks in _shared(held[parameter], quantisation, parameter)
-    )
+    shared: list[SharedBlocks] = []
+    known: dict[_Cuts, list[_Run]] = {}  # layers and experts of a rank are cut alike
+    for parameter, holders in sorted(held.items()):
+        shape, size = quantisation.shapes[parameter], quantisation.block_size
+        if not all(_is_whole(box, shape, size) for box in holders):
+            cuts = shape, tuple((box, tuple(ranks)) for box, ranks in holders.items())
+            if cuts not in known:
+                known[cuts] = list(_runs_shared(shape, dict(cuts[1]), size))
+            shared += [SharedBlocks(parameter, blocks, ranks) for blocks, ranks in known[cuts]]
+    return tuple(shared)
 
 
-def _shared(
-    holders: Mapping[Box, Sequence[int]], quantisation: Quantisation, parameter: str
-) -> Iterator[tuple[Box, tuple[int, ...]]]:
+_Run = tuple[Box, tuple[int, ...]]
+"""Blocks, and all ranks that hold parts of them."""
+_Cuts = tuple[Index, tuple[_Run, ...]]
+"""Shape of a matrix, boxes of it and their holders."""
+
+
+def _runs_shared(shape: Index, holders: Mapping[Box, tuple[int, ...]], size: int) -> Iterator[_Run]:
     """Yield runs of blocks that the same ranks share.
 
     Between block boundaries next to a cut, all blocks are cut alike; so few runs are looked at.
     """
-    shape, size = quantisation.shapes[parameter], quantisation.block_size
-    if all(_is_whole(box, shape, size) for box in holders):
-        return
     rows, columns = (
         list(pairwise(sorted({edge for cut in cuts for edge in (cut // size, -(-cut // size))})))
         for cuts in ({c for box in holders for c in (box.start[a], box.stop[a])} for a in (0, 1))
