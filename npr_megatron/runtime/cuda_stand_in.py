@@ -3,10 +3,11 @@
 Two halves, because Megatron reaches CUDA in two ways:
 
 * functions of ``torch.cuda`` (current_device, streams, events, RNG state) are replaced once per
-  process by :func:`install`, together with three Megatron internals that cannot be reached
-  through torch: its RNG accessors (they queue behind a CUDA initialisation that never comes), its
-  choice of Adam (``runtime.adam``), and the queue of its checkpoint writer (a manager process,
-  where every save of ours begins and ends in one process);
+  process by :func:`install`, together with Megatron internals that cannot be reached through
+  torch: its RNG accessors (they queue behind a CUDA initialisation that never comes), its choice of
+  Adam (``runtime.adam``), the queue of its checkpoint writer (a manager process, where every save
+  of ours begins and ends in one process), and two places in its experts (a function that only
+  TransformerEngine brings; split sizes that are moved off the GPU or else stay tensors);
 * ``device="cuda"`` arguments and the comparison of ``tensor.type()`` with
   ``"torch.cuda.FloatTensor"`` are rewritten by a torch function mode, active inside
   :func:`cuda_means_cpu` and in that thread only.
@@ -33,12 +34,13 @@ _CPU = torch.device("cpu")
 def install() -> None:
     """Replace what Megatron-core calls of ``torch.cuda`` and the internals named above. Idempotent.
 
-    Also sets ``TORCHDYNAMO_DISABLE``: Megatron decorates small functions with ``torch.compile``,
-    which on a CPU costs a C++ compiler run each.
+    Also switches ``torch.compile`` off, here and in child processes: Megatron decorates small
+    functions with it, which on a CPU costs a C++ compiler run each.
     """
     if is_installed():
         return
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch.compiler.set_stance("force_eager")  # what was decorated before the variable was set
     _replace_torch_cuda()
     _replace_megatron_internals()
 
@@ -191,6 +193,7 @@ def _replace_megatron_internals() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     from npr_megatron.runtime.adam import FusedLayoutAdam
 
@@ -206,6 +209,16 @@ def _replace_megatron_internals() -> None:
 
     writer: Any = filesystem_async
     writer._get_write_results_queue = _checkpoint_queue
+
+    router: Any = moe_utils
+    router.te_general_gemm = None  # a name it asks for and imports with TransformerEngine only
+    dispatcher: Any = token_dispatcher
+    dispatcher.maybe_move_tensor_to_cpu = _on_cpu
+
+
+def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    del record_stream
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _is_not_about_cpu_rng(record: logging.LogRecord) -> bool:
