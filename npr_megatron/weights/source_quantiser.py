@@ -72,9 +72,18 @@ class SourceQuantiser:
     """Writes the served storages of one source rank."""
 
     def __init__(
-        self, layout: Layout, served: Layout, quantisation: Quantisation, rank: int
+        self,
+        layout: Layout,
+        served: Layout,
+        quantisation: Quantisation,
+        rank: int,
+        device: str | torch.device = "cpu",
     ) -> None:
-        """Prepare ``rank``; ``served`` is ``layout`` quantised (``may_straddle=True``)."""
+        """Prepare ``rank``, whose storages are on ``device``.
+
+        ``served`` is ``layout`` quantised (``may_straddle=True``). A rank may hold nothing.
+        """
+        self._device = device
         self._layout, self._served = layout.ranks[rank], served.ranks[rank]
         self._block_size = quantisation.block_size
         self._rule: ScaleRule = quantisation.rule
@@ -113,17 +122,16 @@ class SourceQuantiser:
     def measure(self, storages: Mapping[str, Tensor]) -> Maxima:
         """Return amax of this rank's parts of blocks: the work before the exchange."""
         grids: dict[str, Tensor] = {}
-        device = next(iter(storages.values())).device
         for parameter, tiles in self._tiles.items():
             around = self._grids[parameter]
-            grid = torch.zeros(around.shape, dtype=torch.float32, device=device)
+            grid = torch.zeros(around.shape, dtype=torch.float32, device=self._device)
             for tile in tiles:
                 touched = touched_blocks(tile.box, self._block_size)
                 region = grid[_inside(around, touched)]
                 amax = block_amax(tile_view(tile, storages), tile.box.start, self._block_size)
                 torch.maximum(region, amax, out=region)
             grids[parameter] = grid
-        shared = torch.zeros(self._num_shared + 1, dtype=torch.float32, device=device)
+        shared = torch.zeros(self._num_shared + 1, dtype=torch.float32, device=self._device)
         for parameter, blocks, offset in self._shared:
             part = grids[parameter][_inside(self._grids[parameter], blocks)]
             shared[offset : offset + blocks.num_elements] = part.flatten().nan_to_num(

@@ -166,6 +166,19 @@ def test_weights_that_are_not_finite_are_refused_by_all_ranks_and_named_by_their
         assert not any(tensor.view(torch.uint8).any() for tensor in into.values())
 
 
+def test_ranks_of_an_empty_stage_take_part_in_the_exchange():
+    model = tiny_model(num_hidden_layers=1, intermediate_size=24)
+    quantisation = Quantisation.of(model, 4)
+    layout = trainer_layout(model, ParallelConfig(tp_size=4, pp_size=3, pipeline_layout="Et||L"))
+    served = quantised_layout(layout, quantisation, may_straddle=True)
+    weights = random_weights(model, 4, torch.bfloat16)
+    held = filled(layout, weights, torch.bfloat16)
+    assert held[4:8] == [{}] * 4
+    written = quantised_by_ranks(layout, served, quantisation, held)
+    expected = filled(served, whole_matrices(weights, quantisation), torch.bfloat16)
+    assert num_different_bytes(written, expected) == 0
+
+
 def test_storages_of_another_layout_are_refused():
     model = tiny_model()
     quantisation = Quantisation.of(model, 4)
