@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from npr_megatron.config.model import InitConfig, ModelConfig
-from npr_megatron.errors import InputError, LayoutError
+from npr_megatron.errors import EnvironmentFault, InputError, LayoutError
 from npr_megatron.records.randomness import derive_seed
 from npr_megatron.weights.box import Box
 from npr_megatron.weights.hf_config import hf_config
@@ -162,15 +163,23 @@ def write_hf(
     Raises:
         LayoutError: ``tensors`` are not the parameters of ``model``, or not fp32 or bf16.
         InputError: ``source_folder`` is not a folder.
+        EnvironmentFault: the disk is full or cannot be written; nothing new is left behind.
     """
     layout = canonical_layout(model).ranks[0]
     check_storages(layout, tensors)
     config = hf_config(model) | {"dtype": _dtype_name(weights_dtype(layout, tensors))}
-    with _replaced_folder(Path(path)) as folder:
-        if source_folder is not None:
-            config |= _copy_companions(Path(source_folder), folder)
-        _write_json(folder / "config.json", config)
-        _write_tensors(folder, tensors, max_file_bytes)
+    try:
+        with _replaced_folder(Path(path)) as folder:
+            if source_folder is not None:
+                config |= _copy_companions(Path(source_folder), folder)
+            _write_json(folder / "config.json", config)
+            _write_tensors(folder, tensors, max_file_bytes)
+    except (OSError, SafetensorError) as error:
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        raise EnvironmentFault(
+            f"a model of {num_bytes} bytes was to be written to {path}: {error}; what was there "
+            "before is as it was: make room or choose another folder, and write again"
+        ) from error
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str:

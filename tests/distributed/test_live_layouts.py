@@ -57,6 +57,13 @@ CASES = [
         pipeline_layout="Et|t*2|t|tL",
     ),
     case(
+        "pp2 vpp2 string, empty chunk",
+        with_layers(LLAMA, 5),
+        pp_size=2,
+        vpp_size=2,
+        pipeline_layout="E|t*3|t|tL",
+    ),
+    case(
         "pp2 vpp2 counting",
         with_layers(UNTIED, 6),
         pp_size=2,

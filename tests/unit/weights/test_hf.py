@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from npr_megatron.config.hf_architecture import read_architecture
-from npr_megatron.config.model import InitConfig
+from npr_megatron.config.model import InitConfig, MoeConfig
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.errors import InputError, LayoutError
+from npr_megatron.errors import EnvironmentFault, InputError, LayoutError
 from npr_megatron.weights.hf import hf_config, random_init, read_hf, write_hf
 from npr_megatron.weights.layout import canonical_layout, trainer_layout
 from npr_megatron.weights.storages import empty_storages, load_tiles
@@ -106,6 +107,49 @@ def test_tensors_that_are_not_the_models_are_not_written(tmp_path):
     with pytest.raises(LayoutError, match="fp32 or bf16"):
         write_hf(tmp_path / "m", MODEL, {n: t.double() for n, t in weights.items()})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def files_up_to_20_kb():
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_reported_and_the_old_folder_stays(tmp_path, request):
+    first = random_init(MODEL, InitConfig(), 1)
+    write_hf(tmp_path / "m", MODEL, first)
+    request.getfixturevalue("files_up_to_20_kb")
+    with pytest.raises(EnvironmentFault, match=r"bytes was to be written to .*File too large"):
+        write_hf(tmp_path / "m", MODEL, random_init(MODEL, InitConfig(), 2))
+    assert num_different([load_file(tmp_path / "m" / "model.safetensors")], [first]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_the_expert_bias_is_fp32_whatever_the_weights_are(tmp_path):
+    moe = MoeConfig(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        shared_intermediate_size=8,
+        has_expert_bias=True,
+    )
+    model = UNTIED.model_copy(update={"family": "glm4_moe", "moe": moe})
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    weights = {n: t.bfloat16() for n, t in random_init(model, InitConfig(), 1).items()}
+    with pytest.raises(LayoutError, match=rf"{bias} is torch\.bfloat16, .* torch\.float32"):
+        write_hf(tmp_path / "m", model, weights)
+    assert not weights[bias].any()
+
+    weights = {n: t.float() if n.endswith("bias") else t for n, t in weights.items()}
+    weights[bias][:] = torch.tensor([1.0, 1 + 2**-20, 3.0, 1e-30])
+    write_hf(tmp_path / "m", model, weights)
+    (layout,) = canonical_layout(model).ranks
+    again = empty_storages(layout, torch.bfloat16)
+    load_tiles(layout, read_hf(tmp_path / "m", model).read, again)
+    assert num_different([again], [weights]) == 0
+    assert again[bias].dtype == torch.float32
 
 
 def test_every_wrong_tensor_of_a_checkpoint_is_listed(tmp_path):
