@@ -1,6 +1,6 @@
 """One number for the weights of a model, the same in every layout.
 
-    D = sum over parameters p and elements (r, c) of  row_key_p[r] * column_key_p[c] * bits[r, c]
+    D = sum over parameters p and elements (r, c) of  key[p] * row_key[r] * column_key[c] * bits
 
 modulo 2**64, with odd random keys and ``bits`` the bit pattern of the element as an unsigned
 integer. Addition makes shards independent: each rank sums what it holds and the sums add up,
@@ -25,14 +25,17 @@ import torch
 from torch import Tensor
 
 from npr_megatron.records.randomness import derive_seed
-from npr_megatron.weights.box import Box
-from npr_megatron.weights.storages import tile_view
+from npr_megatron.weights.box import Box, Index
 from npr_megatron.weights.tiles import Layout, Tile
 
 _UInt64Array = npt.NDArray[np.uint64]
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _DEVICE_ELEMENTS = 2**24  # widened at a time: 128 MiB of scratch memory
+
+
+_Place = tuple[Tile, tuple[slice, ...], Index]
+"""A tile, where it is in its storage, and the shape of its box."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,16 @@ class Census:
                 turns[key] += 1
             ranks.append(tuple(counted))
         self._ranks = tuple(ranks)
+        self._places: dict[int, tuple[_Place, ...]] = {}
 
     def tile_digests(self, rank: int, storages: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Return the digest of each tile of ``rank``, in the order of its layout."""
+        if rank not in self._places:
+            tiles = (counted.tile for counted in self._ranks[rank])
+            self._places[rank] = tuple((t, t.storage_box.slices, t.box.shape) for t in tiles)
         return tuple(
-            digest_box(tile.parameter, tile.box, tile_view(tile, storages))
-            for tile in (counted.tile for counted in self._ranks[rank])
+            digest_box(tile.parameter, tile.box, storages[tile.storage][slices].view(shape))
+            for tile, slices, shape in self._places[rank]
         )
 
     def sum_tiles(self, rank: int, tile_digests: Sequence[int]) -> tuple[int, ...]:
@@ -102,13 +109,22 @@ def digests(shares: Iterable[tuple[int, ...]]) -> set[int]:
 
 def digest_box(parameter: str, box: Box, values: Tensor) -> int:
     """Return the share of ``parameter[box]``, given its values."""
-    row_keys = np.ones(1, np.uint64)
+    bits = values.detach().view(_INTEGERS[values.element_size()])
+    rows = (0, 1)  # a vector is the first row of a matrix
     if len(box.start) == 2:
-        row_keys = _keys(parameter, "row", box.start[0], box.stop[0])
-    column_keys = _keys(parameter, "column", box.start[-1], box.stop[-1])
-    bits = torch.atleast_2d(values.detach()).view(_INTEGERS[values.element_size()])
-    add_up = _add_up_on_host if bits.device.type == "cpu" else add_up_on_device
-    return add_up(bits, row_keys, column_keys)
+        rows = (box.start[0], box.stop[0])
+    else:
+        bits = bits.unsqueeze(0)
+    columns = (box.start[-1], box.stop[-1])
+    if bits.device.type == "cpu":
+        total = _add_up_on_host(bits, _keys("row", *rows), _keys("column", *columns))
+    else:
+        total = add_up_on_device(
+            bits,
+            _device_keys("row", *rows, bits.device),
+            _device_keys("column", *columns, bits.device),
+        )
+    return total * _parameter_key(parameter) % 2**64
 
 
 def _add_up_on_host(bits: Tensor, row_keys: _UInt64Array, column_keys: _UInt64Array) -> int:
@@ -117,30 +133,53 @@ def _add_up_on_host(bits: Tensor, row_keys: _UInt64Array, column_keys: _UInt64Ar
     return int(np.dot(row_sums, row_keys))
 
 
-def add_up_on_device(bits: Tensor, row_keys: _UInt64Array, column_keys: _UInt64Array) -> int:
+def add_up_on_device(bits: Tensor, row_keys: Tensor, column_keys: Tensor) -> int:
     """Return the sum of ``row_keys[r] * column_keys[c] * bits[r, c]`` modulo 2**64.
 
     Signed 64-bit products and sums wrap around to the same bits as unsigned ones.
 
     Args:
         bits: [R, C] integers of 1, 2, 4 or 8 bytes on any device; only the sum leaves it.
+        row_keys: [R] int64 on that device.
+        column_keys: [C] int64 on that device.
     """
-    rows, columns = (
-        torch.from_numpy(keys.view(np.int64)).to(bits.device) for keys in (row_keys, column_keys)
-    )
     mask = (1 << 8 * bits.element_size()) - 1
     height = max(1, _DEVICE_ELEMENTS // bits.shape[1])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.shape[0], height):
-        words = bits[start : start + height].to(torch.int64)
+        words = bits[start : start + height].to(torch.int64, copy=True)
         if bits.element_size() < 8:
             words &= mask  # undoes the sign extension
-        row_sums = words.mul_(columns).sum(1)
-        total += row_sums.mul_(rows[start : start + height]).sum()
+        row_sums = words.mul_(column_keys).sum(1)
+        total += row_sums.mul_(row_keys[start : start + height]).sum()
     return int(total) % 2**64
 
 
-def _keys(parameter: str, axis: str, start: int, stop: int) -> _UInt64Array:
+def _keys(axis: str, start: int, stop: int) -> _UInt64Array:
     """Return the odd keys of coordinates ``[start, stop)``."""
-    stream = np.random.Philox(derive_seed("digest", parameter, axis))
-    return stream.random_raw(stop)[start:] | np.uint64(1)
+    return _stream(axis, _rounded(stop))[start:stop]
+
+
+def _device_keys(axis: str, start: int, stop: int, device: torch.device) -> Tensor:
+    return _stream_on(axis, _rounded(stop), device)[start:stop]
+
+
+def _rounded(length: int) -> int:
+    """Return a power of two, so that few lengths are cached."""
+    return max(2**12, 1 << (length - 1).bit_length())
+
+
+@lru_cache(maxsize=32)
+def _stream(axis: str, length: int) -> _UInt64Array:
+    """Return the first ``length`` keys of an axis; a longer stream begins with a shorter one."""
+    return np.random.Philox(derive_seed("digest", axis)).random_raw(length) | np.uint64(1)
+
+
+@lru_cache(maxsize=32)
+def _stream_on(axis: str, length: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(_stream(axis, length).view(np.int64)).to(device)
+
+
+@lru_cache(maxsize=2**17)
+def _parameter_key(parameter: str) -> int:
+    return derive_seed("digest", parameter) | 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from npr_megatron.errors import LayoutError, StaleWeightsError
 from npr_megatron.weights.copies import Copy
 from npr_megatron.weights.digest import census_of
-from npr_megatron.weights.executors.inproc import copy_boxes
+from npr_megatron.weights.executors.inproc import moves_of, run_moves
 from npr_megatron.weights.plan import TransferPlan, plan_transfer
 from npr_megatron.weights.publication import Publication, RankPublication
 from npr_megatron.weights.slots import SlotHeader, Slots
@@ -32,11 +32,16 @@ _NAMES_SHOWN = 8
 
 
 class VersionWriter:
-    """Writes the versions of one source rank."""
+    """Writes the versions of one source rank, to one set of slots in turn.
+
+    What it wrote it knows by itself: shared memory may be damaged.
+    """
 
     def __init__(self, layout: Layout, rank: int, dtype: torch.dtype) -> None:
         self._layout, self._rank, self._dtype = layout, rank, dtype
         self._census = census_of(layout)
+        self._version = -1
+        self._num_written = 0
 
     @torch.no_grad()
     def write(self, version: int, fill: Fill, slots: Slots, address: str) -> RankPublication:
@@ -47,18 +52,20 @@ class VersionWriter:
         Raises:
             StaleWeightsError: ``version`` is not above the last one.
         """
-        if version <= slots.version:
+        if version <= self._version:
             raise StaleWeightsError(
-                f"version {version} was to be published after version {slots.version}; "
+                f"version {version} was to be published after version {self._version}; "
                 "versions must grow from 0"
             )
-        slot = slots.begin()
+        slot = self._num_written % slots.num_slots
+        slots.begin(slot)
         views = slots.storages(slot)
         fill(views)
         digests = self._census.tile_digests(self._rank, views)
         shares = self._census.sum_tiles(self._rank, digests)
         header = SlotHeader(version, self._layout.layout_id, str(self._dtype), shares[0])
         slots.finish(slot, header, digests)
+        self._version, self._num_written = version, self._num_written + 1
         return RankPublication(
             version=version,
             source_layout_id=header.layout_id,
@@ -95,6 +102,7 @@ class VersionReader:
         plan = _proven_plan(source, target)
         self.source, self._target, self._rank = source, target, target_rank
         self.copies = plan.copies_to(target_rank)
+        self._moves = moves_of(self.copies)
         self.source_ranks = sorted({copy.source_rank for copy in self.copies})
         self._census = census_of(target)
 
@@ -181,7 +189,7 @@ class VersionReader:
         slots = {rank: find_slot(held, publication) for rank, held in sources.items()}
         before = {rank: held.header(slots[rank]) for rank, held in sources.items()}
         views = {rank: held.storages(slots[rank]) for rank, held in sources.items()}
-        copy_boxes(self.copies, views, {self._rank: into})
+        run_moves(self._moves, views, {self._rank: into})
         for tensor in into.values():
             if tensor.is_cuda:  # the copies are queued; the source must not be let go before them
                 torch.cuda.synchronize(tensor.device)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 
 from npr_megatron.config.model import InitConfig
 from npr_megatron.config.training import ParallelConfig
+from npr_megatron.records.randomness import derive_seed
+from npr_megatron.weights import digest as digest_module
 from npr_megatron.weights.box import Box
-from npr_megatron.weights.digest import Census, digest_box, digests
+from npr_megatron.weights.digest import Census, add_up_on_device, digest_box, digests
 from npr_megatron.weights.hf import random_init
 from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
 from npr_megatron.weights.tiles import Layout
@@ -159,3 +164,113 @@ def test_a_replica_that_differs_gives_a_second_digest(rank, storage):
     wrong.view(-1)[0] += 1.0
     storages[rank] = {**storages[rank], storage: wrong}
     assert len(digests_of(layout, storages)) > 1
+
+
+def device_digest(parameter: str, box: Box, values: torch.Tensor) -> int:
+    """What ``digest_box`` does for a tensor on a device, on the host."""
+    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    ends = [(0, 1), *zip(box.start, box.stop, strict=True)][-2:]
+    keys = [
+        torch.from_numpy(digest_module._keys(axis, *end).view(np.int64))
+        for axis, end in zip(("row", "column"), ends, strict=True)
+    ]
+    total = add_up_on_device(torch.atleast_2d(values).view(word), *keys)
+    return total * (derive_seed("digest", parameter) | 1) % 2**64
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int64, torch.uint8]
+)
+@pytest.mark.parametrize("shape", [(7, 9), (5,), (1, 1), (300, 1)])
+def test_device_arithmetic_gives_the_numbers_of_the_host(dtype, shape):
+    bits = torch.randint(0, 256, (320, 96), dtype=torch.uint8)
+    whole = bits.view(dtype)
+    values = whole[: shape[0], : shape[1]] if len(shape) == 2 else whole[0, : shape[0]]
+    box = Box.at((2, 3)[: len(shape)], shape)
+    assert device_digest("p", box, values) == digest_box("p", box, values)
+
+
+def test_device_arithmetic_in_several_pieces_is_the_same(monkeypatch):
+    values, box = torch.randn(33, 20).to(torch.bfloat16), Box((4, 0), (37, 20))
+    expected = digest_box("p", box, values)
+    monkeypatch.setattr(digest_module, "_DEVICE_ELEMENTS", 64)
+    assert device_digest("p", box, values) == expected
+
+
+def test_one_byte_elements_are_summed_exactly():
+    values = torch.tensor([[1, 2, 255], [128, 0, 7]], dtype=torch.uint8)
+    box = Box((0, 0), (2, 3))
+    assert digest_box("p", box, values) == slow_digest("p", values)
+    assert digest_box("p", box, values.view(torch.float8_e4m3fn)) == slow_digest("p", values)
+
+
+FAULTS_OF_A_KIND = 1700
+
+
+def _faults(weights: Tensors, kind: str, rng: random.Random) -> tuple[Tensors, Tensors]:
+    """Return parameters before and after a fault of ``kind`` at a random place."""
+    layer, other = rng.sample(range(MODEL.num_hidden_layers), 2)
+    name = rng.choice([n for n in weights if "proj" in n and f"layers.{layer}." in n])
+    one = weights[name]
+    if kind in ("k against v", "layer against layer"):
+        if kind == "k against v":
+            name = f"model.layers.{layer}.self_attn.k_proj.weight"
+            second = name.replace("k_proj", "v_proj")
+        else:
+            second = name.replace(f"layers.{layer}.", f"layers.{other}.")
+        before = {name: weights[name], second: weights[second]}
+        return before, {name: weights[second], second: weights[name]}
+    wrong = one.clone()
+    if kind == "heads":
+        size = MODEL.head_dim
+        first, second = (
+            rng.sample(range(one.shape[0] // size), 2) if one.shape[0] >= 2 * size else (0, 0)
+        )
+        if first == second:  # o_proj and down_proj have too few rows: swap columns
+            wrong[:, [0, 1]] = one[:, [1, 0]]
+        else:
+            a, b = (slice(h * size, (h + 1) * size) for h in (first, second))
+            wrong[a], wrong[b] = one[b], one[a]
+    elif kind == "shifted rows":
+        wrong = one.roll(rng.randrange(1, one.shape[0]), 0)
+    elif kind == "reversal":
+        axes = rng.choice([(0,), (1,), (0, 1)])
+        wrong = one.flip(axes)
+    else:
+        word = wrong.view(torch.int16).view(-1)
+        word[rng.randrange(word.numel())] ^= rng.choice(
+            [1 << bit for bit in range(15)] + [-(2**15)]
+        )
+    return {name: one}, {name: wrong}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["heads", "k against v", "layer against layer", "shifted rows", "reversal", "one bit"],
+)
+def test_ten_thousand_faults_are_all_seen_and_a_plain_sum_misses_every_permutation(kind):
+    """Sums are additive over parameters, so those that a fault touches decide."""
+    rng = random.Random(kind)
+    missed = missed_by_plain_sum = 0
+    for number in range(FAULTS_OF_A_KIND):
+        if number % 100 == 0:
+            drawn = random_init(MODEL, InitConfig(), seed=number)
+            weights = {n: t.to(torch.bfloat16) for n, t in drawn.items()}
+        before, after = _faults(weights, kind, rng)
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+        sums = [
+            [sum(total(name, t) for name, t in state.items()) % 2**64 for state in (before, after)]
+            for total in (_keyed_sum, _plain_sum)
+        ]
+        missed += sums[0][0] == sums[0][1]
+        missed_by_plain_sum += sums[1][0] == sums[1][1]
+    assert missed == 0
+    assert missed_by_plain_sum == (0 if kind == "one bit" else FAULTS_OF_A_KIND)
+
+
+def _keyed_sum(name: str, values: torch.Tensor) -> int:
+    return digest_box(name, Box((0,) * values.dim(), tuple(values.shape)), values)
+
+
+def _plain_sum(name: str, values: torch.Tensor) -> int:
+    return int((values.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF).sum())
