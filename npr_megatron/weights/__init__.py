@@ -7,6 +7,10 @@
     plan -> verify         the copies between two layouts, and an independent proof   (no torch)
     storages, hf           dicts of tensors; HF folders and new random models
     digest, publication    one number for a model in any layout; what control messages carry
+    served_layout          layouts of a model served in FP8; blocks that straddle     (no torch)
+    quantise               the arithmetic of FP8 blocks
+    source_quantiser       each source rank writes its own served bytes
+    delta                  what changed since a version, for those who hold that version
     arena, executors       bytes: inside a process, through shared memory, over gloo
 
 Whoever moves weights names two layouts; a new parallelism, engine or file format is a new

@@ -190,3 +190,15 @@ def test_amax_shows_what_is_not_finite(wrong):
     weight = torch.zeros(4, 4)
     weight[3, 0] = wrong
     assert torch.isfinite(block_amax(weight, (0, 0), 2)).tolist() == [[True, True], [False, True]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_the_bytes_of_the_cpu(rule, dtype):
+    weight = matrix(1000, 3000, 3, dtype)
+    here, there = quantise(weight, 128, rule), quantise(weight.cuda(), 128, rule)
+    assert torch.equal(here[1], there[1].cpu())
+    assert np.array_equal(codes_of(here[0]), codes_of(there[0].cpu()))
+    assert torch.equal(dequantise(*here, 128), dequantise(*there, 128).cpu())
