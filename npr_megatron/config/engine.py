@@ -33,6 +33,8 @@ class FleetConfig(Section):
     num_replicas: PositiveInt = 2
     request_timeout_s: PositiveFloat = 600.0
     """A replica silent for longer is replaced."""
+    push_timeout_s: PositiveFloat = 120.0
+    """A replica that has not taken over pushed weights by then is left behind by the others."""
     max_restarts: NonNegativeInt = 3
     """Replacements per run before it stops."""
 

@@ -5,6 +5,7 @@
     metrics.jsonl      one line per optimizer step
     evaluations.jsonl  one line per measurement
     samples.jsonl      a few trajectories per stage, for eyes
+    serving.json       weight version and health of every replica, as of the last change
     driver.log         events, such as a replica lost and replaced
     stages/<name>/     checkpoints/ while it runs, hf/ when it is done
     report.html

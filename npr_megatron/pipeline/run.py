@@ -134,6 +134,7 @@ def _at_work(
             config.fleet,
             tokenizer.vocabulary,
             source=layout,
+            record=folder.path / "serving.json",
         ) as fleet,
     ):
         view.note(f"replicas: process ids {', '.join(map(str, fleet.pids))}")

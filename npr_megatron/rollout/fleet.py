@@ -2,12 +2,14 @@
 
 Invariants:
 
-* Requests go only to replicas that serve the fleet's current version (``rollout.health``).
-* A push is all or nothing for the version served: every replica stages and verifies first, then all
-  commit. Weights that fail verification raise StaleWeightsError and the old version goes on being
-  served.
-* A replica that dies or makes no progress for ``request_timeout_s`` is replaced (``rollout.crew``).
-  Samples depend on the requests alone, so the results are those of an undisturbed run.
+* Requests go only to replicas that serve the fleet's current weights (``rollout.push``).
+* A push is served by a replica as a whole or not at all, between two of its decoding steps. Who is
+  slow or fails is fenced, and the others commit. Weights that nobody could verify raise
+  StaleWeightsError and the old ones go on being served.
+* A replica that dies, makes no progress for ``request_timeout_s`` or stays silent behind its fence
+  for as long is replaced (``rollout.crew``). A newcomer gets the weights from their publication, or
+  from another replica once the trainer's memory is gone. Samples depend on the requests alone, so
+  the results are those of an undisturbed run.
 * An error raised by an engine is not a death: it would come again, so it is raised to the caller.
 
 Used from one thread. Ray carries requests and trajectories, never weights.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -28,10 +31,12 @@ from npr_megatron.errors import ConfigError, InputError, StaleWeightsError
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import Trajectory
 from npr_megatron.rollout.actors import Death, Failure, Seat, gather, outcome
-from npr_megatron.rollout.crew import Crew, Deaths, Member
-from npr_megatron.rollout.health import Event, ReplicaState, Stamp, judge_silence
+from npr_megatron.rollout.crew import Crew, owed
+from npr_megatron.rollout.health import Event, Health, ReplicaState, Stamp, judge_silence
+from npr_megatron.rollout.member import Deaths, Member
 from npr_megatron.rollout.replica import ReplicaSpec, Report, request_id_of
 from npr_megatron.rollout.router import split_requests
+from npr_megatron.rollout.serving_record import write_serving
 from npr_megatron.schema.tags import Vocabulary
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.tiles import Layout
@@ -61,9 +66,14 @@ class Fleet:
         vocabulary: Vocabulary,
         *,
         source: Layout,
+        record: Path | None = None,
     ) -> None:
-        """Start nothing yet. ``source`` is the layout whose publications :meth:`push` will
-        bring."""
+        """Start nothing yet.
+
+        Args:
+            source: the layout whose publications :meth:`push` will bring.
+            record: file that says what is served after every push and every recovery.
+        """
         if not seats:
             raise ConfigError("a fleet needs at least one seat, the placement has no replicas")
         self._config = fleet
@@ -75,6 +85,8 @@ class Fleet:
             device=seats[0].device,
         )
         self._crew = Crew(seats, spec, fleet)
+        self._record = record
+        self._recorded: tuple[tuple[ReplicaState, ...], tuple[int | None, ...]] = ((), ())
 
     def __enter__(self) -> Self:
         try:
@@ -99,13 +111,18 @@ class Fleet:
     @property
     def version(self) -> int:
         """Weight version that is served; -1 before the first push."""
-        publication = self._crew.publication
-        return -1 if publication is None else publication.version
+        serving = self.serving
+        return -1 if serving is None else serving.version
+
+    @property
+    def serving(self) -> Stamp | None:
+        """What is served; None before the first push."""
+        return self._crew.courier.swap.serving
 
     @property
     def states(self) -> tuple[ReplicaState, ...]:
         """Health of the replicas, in seat order."""
-        return tuple(member.state for member in self._crew.members)
+        return tuple(self._crew.state(member) for member in self._crew.members)
 
     @property
     def pids(self) -> tuple[int | None, ...]:
@@ -118,12 +135,15 @@ class Fleet:
         return self._crew.num_restarts
 
     def push(self, publication: Publication) -> None:
-        """Make every replica serve ``publication``, each between two of its decoding steps.
+        """Make the replicas serve ``publication``, each between two of its decoding steps.
+
+        Returns when every replica that answers within ``push_timeout_s`` serves it.
 
         Raises:
-            StaleWeightsError: a replica's copy is not what was published, or the version is older
-                than the one served; nothing was committed.
-            EnvironmentFault: replicas die more often than ``max_restarts`` allows.
+            StaleWeightsError: no replica got what was published, or the version is not newer than
+                the one served; nothing was committed.
+            DivergenceError: the weights are not finite; nothing was committed.
+            EnvironmentFault: replicas die more often than ``max_restarts`` allows, or none answers.
         """
         self._crew.require_open()
         version = publication.version
@@ -133,21 +153,10 @@ class Fleet:
                 "served; versions only "
                 "grow: publish under a newer one"
             )
-        staged, dead = self._crew.ask(
-            self._crew.members,
-            lambda m: m.actor.stage.remote(publication),
-            f"staging weight version {version}",
-        )
-        committed, more = self._crew.ask(
-            staged,
-            lambda m: m.actor.commit.remote(version),
-            f"committing weight version {version}",
-        )
-        self._crew.publication = publication
-        for member in committed:
-            stamp = Stamp(version, publication.digest)
-            member.state = member.state.after(Event.CAUGHT_UP, serving=stamp)
-        self._crew.recover(dead | more)
+        try:
+            self._crew.push(publication)
+        finally:
+            self._write_record()
 
     def generate(
         self,
@@ -184,30 +193,30 @@ class Fleet:
                 "unique in a call"
             )
         self._crew.require_open()
-        if self._crew.publication is None:
+        if self.serving is None:
             raise StaleWeightsError(
                 "generate was asked for, no weights were pushed yet; push first"
             )
 
     def _hand_out(self, requests: Sequence[GenerationRequest]) -> None:
-        publication = self._crew.publication
-        assert publication is not None, "_require_ready comes before"
-        stamp = Stamp(publication.version, publication.digest)
-        members = [m for m in self._crew.members if m.state.is_routable(stamp)]
+        self._crew.require_routable()
+        members = self._crew.routable
         shares = split_requests(requests, len(members))
-        for member, share in zip(members, shares, strict=True):
-            member.pending = {request.request_id: request for request in share}
-        self._crew.recover(self._crew.submit(members))
+        self._crew.submit(dict(zip(members, shares, strict=True)))
 
     def _collect(self) -> list[Trajectory]:
         """Wait for the next reports; return what they bring. Replaces members that died or fell
         silent."""
+        self._crew.tend()
+        if self._crew.orphans:
+            self._crew.require_routable()
         waiting: dict[ray.ObjectRef, Member] = {}
-        for member in self._crew.members:
-            if member.pending:
-                call = member.report or member.actor.report.remote(_REPORT_WAIT_S)
-                member.report = call
-                waiting[call] = member
+        for member in owed(self._crew.members):
+            call = member.report or member.actor.report.remote(_REPORT_WAIT_S)
+            member.report = call
+            waiting[call] = member
+        if not waiting:
+            return []
         ray.wait(list(waiting), num_returns=1, timeout=2 * _REPORT_WAIT_S)
         ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
         finished: list[Trajectory] = []
@@ -222,22 +231,31 @@ class Fleet:
             if isinstance(answer, Death):
                 dead[member] = answer.cause
             else:
-                finished += _take(member, answer)
-        self._crew.recover(self._silent(self._crew.members) | dead)
+                finished += self._take(member, answer)
+        self._crew.replace(self._silent(self._crew.members) | dead)
+        self._write_record()
+        return finished
+
+    def _take(self, member: Member, report: Report) -> list[Trajectory]:
+        if report.num_steps > member.num_steps:
+            member.num_steps = report.num_steps
+            member.progress_s = time.monotonic()
+            self._crew.notice(member, Event.PROGRESSED)
+        finished = report.trajectories()
+        for trajectory in finished:
+            del member.pending[request_id_of(trajectory)]
         return finished
 
     def _silent(self, members: Iterable[Member]) -> Deaths:
         """Judge members that owe trajectories; return those to give up."""
         given_up: Deaths = {}
-        for member in members:
-            if not member.pending:
-                continue
+        for member in owed(members):
             silent_s = time.monotonic() - member.progress_s
             verdict = judge_silence(silent_s, self._config.request_timeout_s)
             if verdict is Event.DIED:
                 given_up[member] = f"no progress for {silent_s:.0f} s"
             elif verdict is not None:
-                member.state = member.state.after(verdict)
+                self._crew.notice(member, verdict)
         return given_up
 
     def _abandon(self) -> None:
@@ -245,21 +263,21 @@ class Fleet:
 
         Reports on their way are awaited, else they could swallow what the next generate finishes.
         """
-        left = [member for member in self._crew.members if member.pending]
+        for member in owed(self._crew.members):
+            if self._crew.state(member).health is Health.FENCED:
+                member.pending = {}  # it drops them itself before it is heard again
+        left = owed(self._crew.members)
         reports = [member.report for member in left if member.report is not None]
         for member in left:
             member.pending, member.report = {}, None
+        self._crew.orphans = []
         _, dead = self._crew.ask(left, lambda m: m.actor.abort.remote(), "aborting")
         gather(reports, timeout_s=self._config.request_timeout_s, what="the last reports")
-        self._crew.recover(dead)
+        self._crew.replace(dead)
 
-
-def _take(member: Member, report: Report) -> list[Trajectory]:
-    if report.num_steps > member.num_steps:
-        member.num_steps = report.num_steps
-        member.progress_s = time.monotonic()
-        member.state = member.state.after(Event.PROGRESSED)
-    finished = report.trajectories()
-    for trajectory in finished:
-        del member.pending[request_id_of(trajectory)]
-    return finished
+    def _write_record(self) -> None:
+        """Say what is served, if that has changed."""
+        found = self.states, self.pids
+        if self._record is not None and self.states and found != self._recorded:
+            self._recorded = found
+            write_serving(self._record, self.serving, *found)

@@ -1,11 +1,11 @@
 """One engine in its own process: a loop that decodes, and calls that reach it between steps.
 
-The loop thread is the only one that touches the engine, with one exception: staging writes the
+The loop thread is the only one that changes the engine, with one exception: staging writes the
 engine's shadow storages, which no step reads, while decoding goes on. Everything else is handed to
 the loop and runs between steps, so a commit never changes weights under a half-computed step.
 
 An error in the loop is kept and raised to every later caller; the replica does not continue after
-one. Nothing here knows the fleet: who replaces a dead replica is decided in ``rollout.fleet``.
+one. Nothing here knows the fleet: what a replica is told is decided in ``rollout.push``.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from dataclasses import dataclass
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.engine import Engine
-from npr_megatron.errors import NprError, StaleWeightsError
+from npr_megatron.errors import NprError
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import Trajectory
+from npr_megatron.rollout.health import Stamp
+from npr_megatron.rollout.holding import Holding
 from npr_megatron.schema.tags import Vocabulary
-from npr_megatron.weights.executors.shared_memory import Receiver
 from npr_megatron.weights.layout import engine_layout
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.tiles import Layout
 
-CALL_THREADS = 4
-"""Calls served at once: a waiting ``report``, a stage, a submission or commit, and one to spare."""
+CALL_THREADS = 5
+"""Calls served at once: a waiting ``report``, a stage, a ``settle`` that waits for it, a submission
+or commit, and one to spare."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,16 @@ class ReplicaSpec:
     source: Layout
     """Layout of the trainer whose publications it will pull."""
     device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What a replica says when it is asked to leave everything unfinished behind."""
+
+    serving: Stamp | None
+    """None while it holds no weights."""
+    term: int
+    """What orders about weights must quote from now on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +83,6 @@ class Replica:
         self._unfinished: set[str] = set()
         self._finished: list[Trajectory] = []
         self._num_steps = 0
-        self._staged_version: int | None = None
         self._failure: Exception | None = None
 
     def start(self) -> int:
@@ -81,7 +92,7 @@ class Replica:
         """
         spec = self._spec
         self._engine = Engine(spec.model, spec.engine, spec.vocabulary, device=spec.device)
-        self._receiver = Receiver(spec.source, engine_layout(spec.model))
+        self._holding = Holding(self._engine, spec.source, engine_layout(spec.model))
         threading.Thread(target=self._run, name="engine", daemon=True).start()
         return os.getpid()
 
@@ -111,27 +122,46 @@ class Replica:
             num_steps = self._num_steps
         return Report(finished=pickle.dumps(finished, protocol=5), num_steps=num_steps)
 
-    def stage(self, publication: Publication) -> None:
+    def stage(self, publication: Publication, term: int) -> Stamp:
         """Copy published weights into the shadow storages and verify them; decoding goes on.
 
-        Raises StaleWeightsError when layout, version or digest are not what the publication says.
+        Returns what is staged; raises what ``Holding.stage`` raises.
         """
-        self._staged_version = None
-        self._receiver.pull(publication, self._engine.staging())
-        self._staged_version = publication.version
+        return self._holding.stage(publication, term)
 
-    def commit(self, version: int) -> None:
-        """Serve the staged weights from the next step on.
+    def commit(self, stamp: Stamp, term: int) -> int:
+        """Serve the staged weights from the next step on; raises what ``Holding.commit`` raises.
 
-        Raises StaleWeightsError unless ``version`` is what is staged.
+        Returns:
+            Steps that ended while the order waited: 0, or 1 if one was being computed.
         """
-        if self._staged_version != version:
-            raise StaleWeightsError(
-                f"commit of weight version {version} was asked for, staged is "
-                f"{self._staged_version}; "
-                "stage that version first"
-            )
-        self._between_steps(lambda: self._engine.commit(version))
+        arrived_at = executed_at = self._num_steps
+
+        def swap() -> None:
+            nonlocal executed_at
+            executed_at = self._num_steps
+            self._holding.commit(stamp, term)
+
+        self._between_steps(swap)
+        return executed_at - arrived_at
+
+    def drop_staged(self, stamp: Stamp) -> None:
+        """Forget the staged weights if they are ``stamp``."""
+        self._holding.drop_staged(stamp)
+
+    def settle(self) -> Settled:
+        """Leave everything unfinished behind, void all orders about weights, say what is served."""
+        term = self._holding.begin_term()
+        self.abort()  # runs behind every commit that was under way
+        return Settled(serving=self._holding.serving, term=term)
+
+    def lend(self, loan: str, arena_dir: str) -> Publication:
+        """Publish what is served for a peer; raises what ``Holding.lend`` raises."""
+        return self._holding.lend(loan, arena_dir)
+
+    def end_loan(self, loan: str) -> None:
+        """Free what :meth:`lend` took."""
+        self._holding.end_loan(loan)
 
     def abort(self) -> None:
         """Forget every unfinished request and everything finished but not reported."""
