@@ -35,6 +35,7 @@ from npr_megatron.weights.layout import canonical_layout
 from npr_megatron.weights.megatron_checkpoint import megatron_checkpoint_layout
 from npr_megatron.weights.parts import (
     MAX_HF_FILE_BYTES,
+    PieceBuffer,
     WrittenPart,
     file_bytes,
     payload_bytes,
@@ -113,7 +114,7 @@ class Conversion:
             storage.name: dtype_of(storage, self._wanted(storage.name))
             for storage in target.ranks[0].storages
         }
-        # two pieces may be alive while one replaces the other
+        # the rest is for scratch, for what torch.save needs, and for the plan itself
         piece = min((request.memory_bytes - 2 * SCRATCH_BYTES) // 2, _MAX_PIECE_BYTES)
         rank, dtypes = target.ranks[0], self._dtypes.__getitem__
         self._parts = (
@@ -166,9 +167,10 @@ class Conversion:
             done += num_bytes
             report(Progress(done, self.num_bytes))
 
+        buffer = PieceBuffer(left, dtypes)
         for part in left:
             try:
-                written = write_part(part, journal.folder, self._gather, dtypes, advance)
+                written = write_part(part, journal.folder, self._gather, dtypes, buffer, advance)
             except OSError:
                 (journal.folder / part.file).unlink(missing_ok=True)
                 raise

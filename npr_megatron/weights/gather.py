@@ -68,15 +68,20 @@ class Gather:
 
     def box(self, storage: str, box: Box, dtype: torch.dtype) -> Tensor:
         """Return ``storage[box]``; padding is zero. The box lies at one leading index."""
-        found = torch.zeros(box.shape, dtype=dtype)
+        found = torch.empty(box.shape, dtype=dtype)
+        self.fill(storage, box, found)
+        return found
+
+    def fill(self, storage: str, box: Box, into: Tensor) -> None:
+        """Write ``storage[box]`` into a tensor of its shape; padding becomes zero."""
+        into.zero_()
         for lead in {box.start[:axes] for axes in range(len(box.start))}:
             for copy in self._copies.get((storage, lead), ()):
                 if (common := copy.target_box.intersect(box)) is not None:
                     there = _at_source(copy, common)
                     here = common.moved(box.start, (0,) * len(box.start))
-                    into = found[here.slices].view(there.shape)
-                    self._source.read(copy.source_rank, copy.source_storage, there, into)
-        return found
+                    part = into[here.slices].view(there.shape)
+                    self._source.read(copy.source_rank, copy.source_storage, there, part)
 
 
 def _at_source(copy: Copy, box: Box) -> Box:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.weights.box import Box
+from npr_megatron.weights.box import Box, Index
 from npr_megatron.weights.chunking import ChunkBox, ReaderShape, chunk_groups, row_bands
 from npr_megatron.weights.gather import Gather
 from npr_megatron.weights.megatron_checkpoint import extra_state_keys
@@ -75,7 +76,7 @@ def torch_dist_parts(
     for group in chunk_groups(model, rank_layout, shape, max_piece_bytes // widest):
         room = 0
         for chunk in group:
-            size = chunk.box.num_elements * dtypes(chunk.storage).itemsize
+            size = _num_bytes(chunk, dtypes)
             if size > room:
                 contents.append([])
                 room = max(_MAX_PART_BYTES, size)
@@ -118,7 +119,11 @@ def safetensors_parts(
 
 def payload_bytes(part: Part, dtypes: Dtypes) -> int:
     """Return the bytes of weights in ``part``."""
-    return sum(piece.box.num_elements * dtypes(piece.storage).itemsize for piece in part.pieces)
+    return sum(_num_bytes(piece, dtypes) for piece in part.pieces)
+
+
+def _num_bytes(piece: ChunkBox, dtypes: Dtypes) -> int:
+    return piece.box.num_elements * dtypes(piece.storage).itemsize
 
 
 def file_bytes(part: Part, dtypes: Dtypes) -> int:
@@ -129,8 +134,29 @@ def file_bytes(part: Part, dtypes: Dtypes) -> int:
     return payload_bytes(part, dtypes) + num_archives * _ARCHIVE_BYTES
 
 
+class PieceBuffer:
+    """Memory that holds one piece after another.
+
+    Allocated once: an allocator that is asked for each piece anew may keep several.
+    """
+
+    def __init__(self, parts: Iterable[Part], dtypes: Dtypes) -> None:
+        sizes = [_num_bytes(piece, dtypes) for part in parts for piece in part.pieces]
+        self._memory = memoryview(bytearray(max(sizes, default=0)))
+
+    def tensor(self, shape: Index, dtype: torch.dtype) -> Tensor:
+        """Return a tensor in this memory, with a storage of its own size; ends the one before."""
+        size = math.prod(shape) * dtype.itemsize
+        return torch.frombuffer(self._memory[:size], dtype=dtype).view(shape)
+
+
 def write_part(
-    part: Part, folder: Path, gather: Gather, dtypes: Dtypes, report: Callable[[int], None]
+    part: Part,
+    folder: Path,
+    gather: Gather,
+    dtypes: Dtypes,
+    buffer: PieceBuffer,
+    report: Callable[[int], None],
 ) -> WrittenPart:
     """Write the file of ``part`` and flush it to disk; ``report`` gets the bytes of each piece.
 
@@ -145,11 +171,15 @@ def write_part(
             stream.write(part.header)
         for piece in part.pieces:
             start = stream.tell()
-            num_bytes = _write_piece(stream, piece, part, gather, dtypes)
-            if part.header is None:
+            tensor = buffer.tensor(piece.box.shape, dtypes(piece.storage))
+            gather.fill(piece.storage, piece.box, tensor)
+            if part.header is not None:
+                stream.write(tensor.view(torch.uint8).view(-1).numpy().data)
+            else:
+                write_tensor(stream, tensor)
                 length = stream.tell() - start
                 entries.append(WrittenEntry(piece.storage, piece.box, part.file, start, length))
-            report(num_bytes)
+            report(tensor.nbytes)
         for key in part.objects:
             start = stream.tell()
             write_empty_object(stream)
@@ -162,17 +192,6 @@ def write_part(
     finally:
         stream.close()
     return WrittenPart(part.file, stream.tell(), stream.crc32, tuple(entries))
-
-
-def _write_piece(
-    stream: _Stream, piece: ChunkBox, part: Part, gather: Gather, dtypes: Dtypes
-) -> int:
-    tensor = gather.box(piece.storage, piece.box, dtypes(piece.storage))
-    if part.header is None:
-        write_tensor(stream, tensor)
-    else:
-        stream.write(tensor.view(torch.uint8).view(-1).numpy().data)
-    return tensor.nbytes
 
 
 class _Stream:
