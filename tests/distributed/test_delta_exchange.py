@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from npr_megatron.weights.digest import Census, digests
 from npr_megatron.weights.executors.delta import DeltaExchange, Receiving, Sending
 from npr_megatron.weights.hf import random_init
 from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
-from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.plan import TransferPlan, plan_transfer
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
 from npr_megatron.weights.tiles import Layout
 from tests.distributed.harness import run_ranks
@@ -69,13 +70,13 @@ def ranks_of(process: int, processes) -> list[int]:
 class Process:
     """One process with its ranks of both sides."""
 
-    def __init__(self, me: int, **options) -> None:
+    def __init__(self, me: int, plan: TransferPlan = PLAN, **options) -> None:
         self.mine = ranks_of(me, SOURCE_PROCESSES)
         self.targets = held_by(TARGET, weights_at(0), ranks_of(me, TARGET_PROCESSES))
         self.forget()
         self.baseline = Baseline()
         self.exchange = DeltaExchange(
-            PLAN,
+            plan,
             source_processes=SOURCE_PROCESSES,
             target_processes=TARGET_PROCESSES,
             dtype=DTYPE,
@@ -154,12 +155,17 @@ def test_two_hundred_deltas_are_two_hundred_full_pushes_for_a_fraction_of_the_by
     assert sorted(deltas)[len(deltas) // 2] < 0.4 * full_bytes
 
 
-def disagree(rank: int, world_size: int, init_method: str):
-    """Process 1 calls its version something else; return what each process makes of it."""
+def disagree(rank: int, world_size: int, init_method: str, about: str):
+    """Process 0 has another version or plan than 1; return what each process makes of it."""
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
-    process = Process(rank, timeout_s=2.0)
+    plan, version = PLAN, ServedVersion(7, 7)
+    if rank == 0 and about == "version":
+        version = ServedVersion(7, 8)
+    elif rank == 0:
+        plan = replace(PLAN, target_id="f" * 64)
+    process = Process(rank, plan, timeout_s=1.0)
     try:
-        process.push(ServedVersion(7, rank), weights_at(0))
+        process.push(version, weights_at(0))
     except (StaleWeightsError, EnvironmentFault) as error:
         untouched = all(
             bool((tensor == 1.5).all())
@@ -170,10 +176,56 @@ def disagree(rank: int, world_size: int, init_method: str):
     return None
 
 
-def test_sources_that_send_different_versions_are_refused_before_anything_is_written(tmp_path):
-    refused = run_ranks(disagree, 3, tmp_path)
-    assert refused[1:] == [("StaleWeightsError", True)] * 2
-    assert refused[0] == ("EnvironmentFault", True)  # its receivers are gone
+@pytest.mark.parametrize(
+    ("about", "of_process_0"),
+    [
+        ("version", "EnvironmentFault"),  # its receivers refused and are gone
+        ("plan", "StaleWeightsError"),
+    ],
+)
+def test_sources_of_different_versions_or_plans_are_refused_before_anything_is_written(
+    tmp_path, about, of_process_0
+):
+    refused = run_ranks(disagree, 3, tmp_path, about)
+    assert refused == [(of_process_0, True), *[("StaleWeightsError", True)] * 2]
+
+
+def share_all(rank: int, world_size: int, init_method: str):
+    """Process 0 gives everything to 1, and 1 to 2; return the steps at which a copy was wrong."""
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
+    hf = canonical_layout(MODEL)
+    copies = plan_transfer(hf, hf).copies
+    shares = [replace(copy, target_rank=1) for copy in copies]
+    exchange = DeltaExchange(
+        TransferPlan.of(hf.layout_id, hf.layout_id, copies, shares),
+        source_processes=(0,),
+        target_processes=(1, 2),
+        dtype=DTYPE,
+        process_group=dist.group.WORLD,
+        timeout_s=30.0,
+    )
+    baseline, chain, wrong = Baseline(), Chain(), []
+    into = empty_storages(hf.ranks[0], DTYPE)
+    traffic = []
+    for step in range(4):
+        weights, version = weights_at(step), ServedVersion(step, step)
+        sending = Sending(version, {0: weights}, baseline) if rank == 0 else None
+        receiving = Receiving({rank - 1: into}, chain) if rank > 0 else None
+        traffic.append(exchange.push(sending, receiving))
+        if rank > 0:
+            if not all(torch.equal(into[name], weights[name]) for name in weights):
+                wrong.append(step)
+            assert chain.held is None  # until the digest was checked
+            chain.confirm(version)
+        baseline.advance(version, {0: weights})
+    dist.destroy_process_group()
+    return wrong, [(part.num_full, part.sent_bytes < part.full_bytes) for part in traffic]
+
+
+def test_a_rank_that_gets_all_from_its_neighbour_gets_deltas_too(tmp_path):
+    first, second, last = run_ranks(share_all, 3, tmp_path)
+    assert first == second == ([], [(1, False), (0, True), (0, True), (0, True)])
+    assert last == ([], [(0, False)] * 4)
 
 
 def wait_for_a_stuck_peer(rank: int, world_size: int, init_method: str):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from npr_megatron.errors import LayoutError
+from npr_megatron.errors import LayoutError, StaleWeightsError
 from npr_megatron.weights.copies import Copy
 from npr_megatron.weights.delta import (
     Baseline,
@@ -121,13 +121,13 @@ class DeltaExchange:
         held = self._learn_what_is_held(receiving)
         headers = {to: self._header(held[to], _of(sending)) for to in self._copies.receivers}
         arrived = self._swap_headers(headers)
+        self._require_one_plan(held)
         if self._copies.inside:  # copied in full, on top of whatever is held
             arrived.append(self._header_inside(_of(sending), _of(receiving)))
         before = _Before()
-        if arrived:
-            here = _of(receiving)
-            before = self._before_sharing(here, held, arrived)
-            here.chain.accept(arrived, self._plan_id)
+        if receiving is not None:
+            before = self._before_sharing(receiving, held, arrived)
+            receiving.chain.accept(arrived, self._plan_id)
 
         def copied(receiver: int, copies: Sequence[Copy]) -> Bytes:
             here = _of(sending)
@@ -148,7 +148,7 @@ class DeltaExchange:
         full_bytes = self._copies.full_bytes + self._shares.full_bytes
         return Traffic(self._wire.sent_bytes, full_bytes, num_full)
 
-    def _learn_what_is_held(self, receiving: Receiving | None) -> dict[int, ServedVersion | None]:
+    def _learn_what_is_held(self, receiving: Receiving | None) -> dict[int, Held]:
         """Tell those who send to here what is held here; return what others hold, by process."""
         told = sorted({*self._copies.senders, *self._shares.senders})
         asked = sorted({*self._copies.receivers, *self._shares.receivers})
@@ -156,17 +156,21 @@ class DeltaExchange:
         answers = self._wire.swap(
             dict.fromkeys(told, _buffer(mine)), dict.fromkeys(asked, Held.NUM_BYTES)
         )
-        held = {peer: Held.unpack(answer.tobytes()) for peer, answer in answers.items()}
-        # Who has another plan learns it from the header it is sent and refuses, as this side does.
-        return {
-            peer: one.version if one.plan_id == self._plan_id else None
-            for peer, one in held.items()
-        }
+        return {peer: Held.unpack(answer.tobytes()) for peer, answer in answers.items()}
 
-    def _header(self, held: ServedVersion | None, sending: Sending) -> DeltaHeader:
+    def _require_one_plan(self, held: Mapping[int, Held]) -> None:
+        """Refuse receivers with another plan, after they were sent headers to refuse likewise."""
+        others = {p: one.plan_id for p, one in held.items() if one.plan_id != self._plan_id}
+        if others:
+            raise StaleWeightsError(
+                f"a delta was to be pushed by plan {self._plan_id}, processes have other plans: "
+                f"{others}; the layouts of the two sides differ, plan again"
+            )
+
+    def _header(self, held: Held, sending: Sending) -> DeltaHeader:
         """Return what a receiver is sent: a delta if it holds the baseline, else everything."""
         base = sending.baseline.version
-        if sending.is_anchor or held != base:
+        if sending.is_anchor or held.version != base:
             base = None
         return DeltaHeader(self._plan_id, base, sending.version)
 
@@ -183,14 +187,14 @@ class DeltaExchange:
     def _before_sharing(
         self,
         receiving: Receiving,
-        held: Mapping[int, ServedVersion | None],
+        held: Mapping[int, Held],
         arriving: Sequence[DeltaHeader],
     ) -> _Before:
         """Keep what is shared as it is now, for those peers that hold the same now."""
         mine = receiving.chain.held
         if mine is None or any(header.base is None for header in arriving):
             return _Before()
-        receivers = frozenset(to for to in self._shares.receivers if held[to] == mine)
+        receivers = frozenset(to for to in self._shares.receivers if held[to].version == mine)
         kept: defaultdict[int, dict[str, torch.Tensor]] = defaultdict(dict)
         for messages in self._shares.rounds:
             for message in messages:
