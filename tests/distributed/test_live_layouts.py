@@ -79,6 +79,12 @@ CASES = [
     case("tp2 pp2 tied", MODEL, tp_size=2, pp_size=2),
     case("tp2 pp2 vpp2 llama", LLAMA, tp_size=2, pp_size=2, vpp_size=2),
     case("tp4, two kv heads", UNTIED, tp_size=4),
+    case(
+        "tp4, padding alone on two ranks",
+        UNTIED.model_copy(update={"vocab_size": 20}),
+        tp_size=4,
+        vocab_divisor=16,
+    ),
     case("ep2 tp2 etp1", QWEN3_MOE, tp_size=2, dp_size=2, ep_size=2, etp_size=1),
     case("ep2 tp2 etp2", GLM4_MOE, tp_size=2, dp_size=2, ep_size=2, etp_size=2),
     case("moe tp2 pp2", GLM4_MOE, tp_size=2, pp_size=2, ep_size=2, etp_size=1),
