@@ -2,11 +2,13 @@
 
 ::
 
-    models, cluster        shapes of known models; links and memory of a described cluster
-    push_volume            bytes each source sends and each node needs, counted from the plan
-    push_floor             closed forms: what no executor can beat, and what direct and relay take
-    relays                 which node forwards to which; who adopts whom after a death
-    push_simulation        chunk by chunk, with jitter, slow and dead nodes
+    models, cluster, push_request   what is pushed, over which hardware, as people write it
+    fleet_plan, fleet_bytes         transfer plans of a whole fleet; bytes counted from them
+    push_volume                     those bytes by source and node: all that follows needs
+    push_floor, pause               closed forms: what bounds a push, and what it takes
+    relays, conditions              who forwards to whom; what goes wrong
+    push_simulation                 chunk by chunk, with jitter, slow and dead nodes
+    forecast, fleet_sweep           all of it as one value; times over the size of the fleet
 
-Closed forms and simulation know nothing of each other, and agree where both apply.
+Closed forms and simulation do not use each other's times, and agree where both apply.
 """

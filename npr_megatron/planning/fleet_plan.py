@@ -1,4 +1,4 @@
-"""The transfer plans of a whole fleet, and the bytes they move between nodes.
+"""The transfer plans of a whole fleet.
 
 Engines fill nodes in order. The fleet is cut into units: the fewest engines that fill whole nodes.
 All units but an incomplete last one are alike, so one plan each is made, however large the fleet.
@@ -7,41 +7,20 @@ All units but an incomplete last one are alike, so one plan each is made, howeve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
-from npr_megatron.config.model import ModelConfig
 from npr_megatron.errors import ConfigError, LayoutError
 from npr_megatron.planning.cluster import HardwareConfig
+from npr_megatron.planning.fleet_bytes import FleetUnit, count_bytes, held_bytes, served_bytes
 from npr_megatron.planning.push_floor import GB
-from npr_megatron.planning.push_request import WEIGHT_BYTES, PushRequest, ServedDtype
-from npr_megatron.planning.push_volume import NodeKind, PushVolume
-from npr_megatron.weights.box import Box
-from npr_megatron.weights.copies import element_bytes
+from npr_megatron.planning.push_request import WEIGHT_BYTES, PushRequest
+from npr_megatron.planning.push_volume import PushVolume
 from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.names import canonical_parameters
-from npr_megatron.weights.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.plan import plan_transfer
 from npr_megatron.weights.served_layout import Quantisation, quantised_layout
-from npr_megatron.weights.tiles import Layout, RankLayout
+from npr_megatron.weights.tiles import Layout
 from npr_megatron.weights.verify import verify_transfer
-
-Needs = dict[tuple[str, Box], int]
-"""Bytes of each distinct box of each parameter that a node needs."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetUnit:
-    """Neighbouring engines that fill their nodes."""
-
-    target: Layout
-    """Ranks of all its engines."""
-    plan: TransferPlan
-    count: int
-    """Such units in the fleet."""
-    num_engines: int
-    num_nodes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +47,12 @@ def plan_fleet(request: PushRequest, cluster: HardwareConfig) -> FleetPlan:
     if problems:
         raise ConfigError(problems)
     units = tuple(_units(source, engine, request, cluster.gpus_per_node, weight_bytes))
-    needs = [_needs(unit, cluster.gpus_per_node, weight_bytes) for unit in units]
-    volume = PushVolume(
+    volume, minimum = count_bytes(
+        units,
         model_bytes=served_bytes(request.model, request.dtype),
-        kinds=tuple(_kinds(units, needs, len(source.ranks), cluster.gpus_per_node, weight_bytes)),
-    )
-    minimum = sum(
-        unit.count * sum(sum(node.values()) for node in nodes)
-        for unit, nodes in zip(units, needs, strict=True)
+        num_sources=len(source.ranks),
+        gpus_per_node=cluster.gpus_per_node,
+        weight_bytes=weight_bytes,
     )
     return FleetPlan(source=source, units=units, volume=volume, minimum_bytes=minimum)
 
@@ -92,21 +69,6 @@ def require_proven(fleet: FleetPlan) -> None:
                 f"plan {unit.plan.plan_id[:12]} is wrong in {len(problems)} places, first: "
                 f"{problems[0]}; report this with the command you gave"
             )
-
-
-def served_bytes(model: ModelConfig, dtype: ServedDtype) -> int:
-    """Return the bytes of one whole model as served, scales included."""
-    quantised = Quantisation.of(model) if dtype == "fp8" else None
-    total = 0
-    for parameter in canonical_parameters(model):
-        num_elements = math.prod(parameter.shape)
-        if quantised is not None and parameter.name in quantised.shapes:
-            num_blocks = math.prod(quantised.grid(parameter.name))
-            total += num_elements * element_bytes("fp8_e4m3", 1)
-            total += num_blocks * element_bytes("fp32", 1)
-        else:
-            total += num_elements * element_bytes(parameter.dtype, WEIGHT_BYTES[dtype])
-    return total
 
 
 def _layouts(request: PushRequest) -> tuple[Layout, Layout]:
@@ -147,7 +109,7 @@ def _shortages(
             f"{trainer_nodes} + {fleet_nodes} nodes of {per_node}, the cluster has num_nodes "
             f"{cluster.num_nodes}; ask for fewer engines or describe a larger cluster"
         )
-    held = max(_held_bytes([rank], weight_bytes) for rank in engine.ranks)
+    held = max(held_bytes(rank, weight_bytes) for rank in engine.ranks)
     if held > cluster.gpu_memory_gb * GB:
         yield (
             f"an engine of tp {request.engine_tp} holds {held / GB:.1f} GB of {request.dtype} "
@@ -174,54 +136,3 @@ def _units(
             num_engines=num_engines,
             num_nodes=nodes[-1] + 1,
         )
-
-
-def _kinds(
-    units: Sequence[FleetUnit],
-    needs: Sequence[Sequence[Needs]],
-    num_sources: int,
-    gpus_per_node: int,
-    weight_bytes: int,
-) -> Iterable[NodeKind]:
-    """Return one kind per node of each unit, numbered through the fleet."""
-    contents: dict[frozenset[tuple[str, Box]], int] = {}
-    first = 0
-    for unit, nodes in zip(units, needs, strict=True):
-        table = unit.plan.copy_table
-        sizes, node_of = table.num_bytes(weight_bytes), table.target_rank // gpus_per_node
-        for node in range(unit.num_nodes):
-            here = node_of == node
-            taken = np.zeros(num_sources, np.int64)
-            np.add.at(taken, table.source_rank[here], sizes[here])
-            ranks = unit.target.ranks[node * gpus_per_node : (node + 1) * gpus_per_node]
-            yield NodeKind(
-                nodes=tuple(first + node + unit.num_nodes * i for i in range(unit.count)),
-                content=contents.setdefault(frozenset(nodes[node]), len(contents)),
-                bytes_from=tuple(int(size) for size in taken),
-                gpu_bytes=tuple(_held_bytes([rank], weight_bytes) for rank in ranks),
-            )
-        first += unit.num_nodes * unit.count
-
-
-def _held_bytes(ranks: Sequence[RankLayout], weight_bytes: int) -> int:
-    return sum(
-        math.prod(storage.shape) * element_bytes(storage.dtype, weight_bytes)
-        for rank in ranks
-        for storage in rank.storages
-    )
-
-
-def _needs(unit: FleetUnit, gpus_per_node: int, weight_bytes: int) -> list[Needs]:
-    """Return the bytes of each distinct box that each node of a unit needs."""
-    nodes: list[Needs] = [{} for _ in range(unit.num_nodes)]
-    seen: set[tuple[int, int]] = set()  # engines of one unit share their ranks' layouts
-    for rank, held in enumerate(unit.target.ranks):
-        node = rank // gpus_per_node
-        if (node, id(held)) in seen:
-            continue
-        seen.add((node, id(held)))
-        sizes = {s.name: element_bytes(s.dtype, weight_bytes) for s in held.storages}
-        for tile in held.tiles:
-            size = tile.box.num_elements * sizes[tile.storage]
-            nodes[node][tile.parameter, tile.box] = size
-    return nodes

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from npr_megatron.planning.cluster import HardwareConfig
-from npr_megatron.planning.fleet_plan import FleetPlan, FleetUnit
+from npr_megatron.planning.fleet_bytes import FleetUnit
+from npr_megatron.planning.fleet_plan import FleetPlan
 from npr_megatron.planning.pause import Pause, pauses
 from npr_megatron.planning.push_floor import (
     PushFloor,

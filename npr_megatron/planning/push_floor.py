@@ -49,6 +49,8 @@ class PushFloor:
     """One replica out of all source NICs."""
     all_nics_s: float
     """All bytes, if source and fleet NICs sent all the time."""
+    source_pack_s: float
+    """One replica, packed or cast in the sources' memory."""
 
     @property
     def seconds(self) -> float:
@@ -59,6 +61,7 @@ class PushFloor:
             self.nvlink_s,
             self.source_egress_s,
             self.all_nics_s,
+            self.source_pack_s,
         )
 
 
@@ -72,6 +75,7 @@ def push_floor(volume: PushVolume, cluster: HardwareConfig) -> PushFloor:
         nvlink_s=max(kind.nvlink_bytes for kind in volume.kinds) / nvlink,
         source_egress_s=volume.model_bytes / (sources * nic),
         all_nics_s=volume.wire_bytes / ((sources + volume.num_target_nics) * nic),
+        source_pack_s=volume.model_bytes / (sources * cluster.device_copy_gb_per_s * GB),
     )
 
 

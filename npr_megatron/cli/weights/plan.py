@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +39,10 @@ def plan(
     verify: Annotated[
         bool, typer.Option(help="Prove the plan with the independent verifier.")
     ] = True,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw the time of a push over the fleet's size."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what a push of weights moves where, and how long it takes on a described cluster.
@@ -51,7 +56,7 @@ def plan(
 
       npr weights plan qwen3-32b --engine tp4 --trainer run.toml --dtype fp8
 
-      npr weights plan my-model/ --engine tp8 --set nic_gb_per_s=22
+      npr weights plan my-model/ --engine tp8 --set nic_gb_per_s=22 --plot push.png
     """
     from npr_megatron.cli.weights.plan_tables import print_forecast
     from npr_megatron.planning.fleet_plan import plan_fleet, require_proven
@@ -72,6 +77,13 @@ def plan(
         if verify:
             require_proven(fleet)
         result = forecast(fleet, request.dtype, cluster, max_depth)
+        if plot is not None:
+            from npr_megatron.cli.weights.plan_chart import draw_sweep
+            from npr_megatron.planning.fleet_sweep import sweep_fleet
+
+            title = f"{model}, {dtype.value}, {len(fleet.source.ranks):,} trainer GPUs"
+            points = sweep_fleet(fleet, cluster, max_depth)
+            draw_sweep(plot, title, points, request.num_fleet_gpus)
 
     if as_json:
         described = {

@@ -74,6 +74,7 @@ def time_table(result: Forecast) -> Table:
         "NVLink": result.floor.nvlink_s,
         "source egress at line rate": result.floor.source_egress_s,
         "all NICs together at line rate": result.floor.all_nics_s,
+        "packing at the source": result.floor.source_pack_s,
     }
     relaying = result.relaying
     chains = (

@@ -69,6 +69,16 @@ def test_the_tables_say_what_moves_how_long_it_takes_and_what_bounds_it(npr):
     assert "proven" in npr("weights", "plan", "qwen3-4b").out
 
 
+def test_a_chart_is_drawn_where_asked(npr, tmp_path):
+    path = tmp_path / "push.png"
+    result = npr("weights", "plan", "qwen3-4b", "--plot", str(path))
+    assert result.code == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    refused = npr("weights", "plan", "qwen3-4b", "--plot", str(tmp_path / "none" / "push.png"))
+    assert refused.code == 2
+    assert "cannot be written" in refused.err
+
+
 def test_fp8_and_the_names_of_sglang(npr):
     options = ("--dtype", "fp8", "--dialect", "sglang", "--engine", "tp4")
     found = json.loads(npr("weights", "plan", "qwen3-8b", *options, "--json").out)

@@ -9,10 +9,12 @@ import pytest
 from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.errors import ConfigError, LayoutError
 from npr_megatron.planning.cluster import HardwareConfig
-from npr_megatron.planning.fleet_plan import FleetPlan, plan_fleet, require_proven, served_bytes
+from npr_megatron.planning.fleet_bytes import served_bytes
+from npr_megatron.planning.fleet_plan import FleetPlan, plan_fleet, require_proven
+from npr_megatron.planning.fleet_sweep import sweep_fleet
 from npr_megatron.planning.forecast import forecast
 from npr_megatron.planning.models import KNOWN_MODELS
-from npr_megatron.planning.push_floor import direct_time, relay_time
+from npr_megatron.planning.push_floor import direct_time, push_floor, relay_time
 from npr_megatron.planning.push_request import PushRequest, read_engine, read_trainer
 from npr_megatron.planning.push_simulation import simulate_direct, simulate_relay
 from npr_megatron.weights.names import canonical_parameters
@@ -171,6 +173,18 @@ def test_movements_add_up_to_the_bytes_of_a_unit():
     (w2,) = [one for one in over_nics if one.target.endswith("experts.w2_weight")]
     assert w2.num_bytes == 2 * 4 * 8 * 64 * 32  # layers, experts, hidden, inner
     assert result.wire_ratio == 1.0
+
+
+@pytest.mark.parametrize(("engine", "num_engines"), [("tp2", 32), ("tp8", 8)])
+def test_a_sweep_passes_through_the_times_of_the_fleets_it_stands_for(engine, num_engines):
+    cluster = HardwareConfig(gpus_per_node=4)
+    volume = plan_fleet(request(TINY, "tp2,dp4", engine, num_engines), cluster).volume
+    points = sweep_fleet(plan_fleet(request(TINY, "tp2,dp4", engine, 4), cluster), cluster)
+    (point,) = [one for one in points if one.num_gpus == 64]
+    assert point.direct_s == direct_time(volume, cluster).seconds
+    assert point.relay_s == relay_time(volume, cluster).seconds
+    assert point.floor_s == push_floor(volume, cluster).seconds
+    assert points[-1].num_gpus >= 512 * 4
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,17 @@ def test_the_published_table_comes_out_within_its_rounding(case):
     assert relay_time(volume, H100).seconds == pytest.approx(relay, rel=0.02, abs=5e-4)
 
 
+def test_each_bound_is_what_its_definition_says():
+    floor = push_floor(even_volume(80, num_sources=4, num_nodes=2, gpu_gb=40), H100)
+    assert floor.node_ingress_s == pytest.approx(80 / (8 * 50))
+    assert floor.gpu_fill_s == pytest.approx(40 / (50 + 450))
+    assert floor.nvlink_s == pytest.approx((40 - 80 / 8) / 450)
+    assert floor.source_egress_s == pytest.approx(80 / (4 * 50))
+    assert floor.all_nics_s == pytest.approx(160 / ((4 + 16) * 50))
+    assert floor.source_pack_s == pytest.approx(80 / 4 / 1300)
+    assert floor.seconds == floor.source_egress_s
+
+
 def test_no_prediction_beats_the_floor():
     for model_gb, gpu_gb, sources, nodes, kinds, *_ in TABLE.values():
         volume = even_volume(model_gb, sources, nodes, num_kinds=kinds, gpu_gb=gpu_gb)
