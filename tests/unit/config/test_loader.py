@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from npr_megatron.config.engine import FleetConfig
 from npr_megatron.config.loader import load_run, parse_value
 from npr_megatron.errors import ConfigError
 
