@@ -63,18 +63,15 @@ class Slots:
         """Versions that fit."""
         return len(self._views)
 
-    @property
-    def version(self) -> int:
-        """The newest complete version, negative if there is none."""
-        return max(self.header(slot).version for slot in range(self.num_slots))
-
     def header(self, slot: int) -> SlotHeader:
         """Return what ``slot`` holds at this moment."""
         found = self._slots[slot, : _HEADER.size].cpu().numpy().tobytes()
         magic, version, layout_id, dtype, digest = _HEADER.unpack(found)
         if magic != _MAGIC or version < 0:
             return EMPTY
-        return SlotHeader(version, layout_id.decode(), dtype.rstrip(b"\0").decode(), digest)
+        # bytes that were damaged must not match, and must not keep the reader from saying so
+        names = (text.rstrip(b"\0").decode(errors="replace") for text in (layout_id, dtype))
+        return SlotHeader(version, *names, digest)
 
     def tile_digests(self, slot: int) -> tuple[int, ...]:
         """Return the digests of the tiles in ``slot``, as its owner computed them."""
@@ -85,11 +82,9 @@ class Slots:
         """Return views of the storages in ``slot``."""
         return self._views[slot]
 
-    def begin(self) -> int:
-        """Empty the oldest slot and return it; for the owner."""
-        slot = min(range(self.num_slots), key=lambda slot: self.header(slot).version)
+    def begin(self, slot: int) -> None:
+        """Declare ``slot`` empty, to be written; for the owner."""
         self._write_header(slot, EMPTY)
-        return slot
 
     def finish(self, slot: int, header: SlotHeader, tile_digests: Sequence[int]) -> None:
         """Declare ``slot`` complete; for the owner."""
