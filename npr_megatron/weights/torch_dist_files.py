@@ -86,16 +86,18 @@ def damaged_archives(folder: Path) -> Iterator[str]:
         if not isinstance(entry, TensorStorageMetadata) or index.fqn.startswith(_NOT_WEIGHTS):
             continue
         file = folder / info.relative_path
-        try:
-            with file.open("rb") as opened:
-                archive: Any = _Slice(opened, info.offset, info.length)
-                record = zipfile.ZipFile(archive).testzip()
-        except (OSError, zipfile.BadZipFile):
+        if not file.exists():
             continue
-        if record is not None:
+        with file.open("rb") as opened:
+            archive: Any = _Slice(opened, info.offset, info.length)
+            try:
+                damaged = zipfile.ZipFile(archive).testzip()
+            except (zipfile.BadZipFile, EOFError) as error:
+                damaged = str(error)
+        if damaged is not None:
             yield (
                 f"{index.fqn} at {list(index.offset)}: the bytes in {file} are not those that were "
-                f"saved (checksum of {record}); copy it again"
+                f"saved ({damaged}); copy it again"
             )
 
 

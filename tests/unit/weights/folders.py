@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import torch
@@ -46,14 +47,17 @@ MODELS = {
 def write_hf_folder(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Path:
     """Write a random model in which no two elements are alike by design, norms included."""
     tensors = {
-        name: (tensor + torch.rand_like(tensor) / 8).to(
-            torch.float32 if name.endswith("_bias") else dtype
-        )
+        name: (tensor + _noise(name, tensor)).to(torch.float32 if name.endswith("_bias") else dtype)
         for name, tensor in random_init(model, InitConfig(), seed=5).items()
     }
     write_hf(folder, model, tensors)
     (folder / "tokenizer.json").write_text('{"model": "of words"}')
     return folder
+
+
+def _noise(name: str, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.rand(like.shape, generator=generator) / 8
 
 
 def convert(source: Path, target: Path, **asked) -> Path:
