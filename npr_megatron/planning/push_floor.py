@@ -18,7 +18,7 @@ GB = 1e9
 """Rates of a cluster are in GB/s."""
 _UNRELAYED_CHUNK = 8e6
 """Large enough for a NIC to reach its rate [bytes]."""
-_SMALLEST_CHUNK = 1e6
+_SMALLEST_CHUNK = 4e6
 """What smaller chunks could still gain is not worth their number [bytes]."""
 _BOUND_FRAC = 0.99
 """Resources that are busy for about as long as the busiest; the first of ``LIMITS`` is named."""

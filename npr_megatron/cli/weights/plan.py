@@ -98,3 +98,5 @@ def plan(
         print(json.dumps({**described, **result.as_json()}))
     else:
         print_forecast(Console(), model, request, result, is_proven=verify)
+        if plot is not None:
+            print(plot)

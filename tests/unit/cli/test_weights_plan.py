@@ -73,6 +73,7 @@ def test_a_chart_is_drawn_where_asked(npr, tmp_path):
     path = tmp_path / "push.png"
     result = npr("weights", "plan", "qwen3-4b", "--plot", str(path))
     assert result.code == 0
+    assert result.out.endswith(f"{path}\n")
     assert path.read_bytes().startswith(b"\x89PNG")
     refused = npr("weights", "plan", "qwen3-4b", "--plot", str(tmp_path / "none" / "push.png"))
     assert refused.code == 2
