@@ -10,7 +10,7 @@
     served_layout          layouts of a model served in FP8; blocks that straddle     (no torch)
     quantise               the arithmetic of FP8 blocks
     source_quantiser       each source rank writes its own served bytes
-    delta                  what changed since a version, for those who hold that version
+    delta, delta_chain     what changed since a version, for those who hold that version
     arena, executors       bytes: inside a process, through shared memory, over gloo
 
 Whoever moves weights names two layouts; a new parallelism, engine or file format is a new

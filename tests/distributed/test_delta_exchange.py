@@ -12,7 +12,7 @@ import torch.distributed as dist
 from npr_megatron.config.model import InitConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import EnvironmentFault, StaleWeightsError
-from npr_megatron.weights.delta import Baseline, Chain, ServedVersion
+from npr_megatron.weights.delta_chain import Baseline, Chain, ServedVersion
 from npr_megatron.weights.digest import Census, digests
 from npr_megatron.weights.executors.delta import DeltaExchange, Receiving, Sending
 from npr_megatron.weights.hf import random_init

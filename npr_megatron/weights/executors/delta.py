@@ -24,19 +24,10 @@ import torch.distributed as dist
 
 from npr_megatron.errors import LayoutError, StaleWeightsError
 from npr_megatron.weights.copies import Copy
-from npr_megatron.weights.delta import (
-    Baseline,
-    Bytes,
-    Chain,
-    DeltaHeader,
-    Held,
-    ServedVersion,
-    apply_delta,
-    encode_delta,
-)
+from npr_megatron.weights.delta import Bytes, apply_delta, encode_delta
+from npr_megatron.weights.delta_chain import Baseline, Chain, DeltaHeader, Held, ServedVersion
+from npr_megatron.weights.executors.delta_messages import Leg, Wire
 from npr_megatron.weights.executors.inproc import RankStorages, copy_boxes
-from npr_megatron.weights.executors.point_to_point import InFlight, Transfer
-from npr_megatron.weights.messages import Round, Route, message_rounds
 from npr_megatron.weights.plan import TransferPlan
 
 
@@ -99,11 +90,12 @@ class DeltaExchange:
             timeout_s: deadline of each wait for messages.
             message_bytes: staging memory in each direction, had nothing been left out.
         """
-        self._plan_id, self._wire = plan.plan_id, _Wire(process_group, timeout_s)
+        self._plan_id, self._wire = plan.plan_id, Wire(process_group, timeout_s)
         me = dist.get_rank(process_group)
         sizes = (message_bytes, dtype.itemsize)
-        self._copies = _Leg.of(plan.copies, source_processes, target_processes, me, *sizes)
-        self._shares = _Leg.of(plan.shares, target_processes, target_processes, me, *sizes)
+        self._copies = Leg.of(plan.copies, source_processes, target_processes, me, *sizes)
+        self._shares = Leg.of(plan.shares, target_processes, target_processes, me, *sizes)
+        self._full_bytes = self._copies.full_bytes + self._shares.full_bytes
 
     @torch.no_grad()
     def push(self, sending: Sending | None, receiving: Receiving | None) -> Traffic:
@@ -145,8 +137,7 @@ class DeltaExchange:
         self._carry(self._shares, shared, targets)
         num_full = sum(header.base is None for header in headers.values())
         num_full += len(self._shares.receivers) - len(before.receivers)
-        full_bytes = self._copies.full_bytes + self._shares.full_bytes
-        return Traffic(self._wire.sent_bytes, full_bytes, num_full)
+        return Traffic(self._wire.sent_bytes, self._full_bytes, num_full)
 
     def _learn_what_is_held(self, receiving: Receiving | None) -> dict[int, Held]:
         """Tell those who send to here what is held here; return what others hold, by process."""
@@ -206,7 +197,7 @@ class DeltaExchange:
 
     def _carry(
         self,
-        leg: _Leg,
+        leg: Leg,
         encode: Callable[[int, Sequence[Copy]], Bytes],
         targets: RankStorages,
     ) -> None:
@@ -231,77 +222,6 @@ class _Before:
 
     receivers: frozenset[int] = frozenset()
     storages: RankStorages | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Leg:
-    """The messages that begin or end in process ``me``, and the copies that stay inside it."""
-
-    me: int
-    rounds: tuple[Round, ...]
-    inside: tuple[Copy, ...]
-    receivers: tuple[int, ...]
-    senders: tuple[int, ...]
-    full_bytes: int
-
-    @classmethod
-    def of(
-        cls,
-        copies: Sequence[Copy],
-        source_processes: Sequence[int],
-        target_processes: Sequence[int],
-        me: int,
-        message_bytes: int,
-        weight_bytes: int,
-    ) -> _Leg:
-        rounds = message_rounds(
-            copies,
-            source_processes=source_processes,
-            target_processes=target_processes,
-            message_bytes=message_bytes,
-            weight_bytes=weight_bytes,
-        )
-        mine = [tuple(m for m in one if me in (m.sender, m.receiver)) for one in rounds]
-        sent = [message for one in mine for message in one if message.sender == me]
-        received = [message for one in mine for message in one if message.receiver == me]
-        return cls(
-            me,
-            tuple(filter(None, mine)),
-            tuple(
-                copy
-                for copy in copies
-                if source_processes[copy.source_rank] == me == target_processes[copy.target_rank]
-            ),
-            tuple(sorted({message.receiver for message in sent})),
-            tuple(sorted({message.sender for message in received})),
-            sum(message.num_bytes for message in sent),
-        )
-
-
-class _Wire:
-    """Buffers of bytes to and from peers."""
-
-    def __init__(self, process_group: dist.ProcessGroup, timeout_s: float) -> None:
-        self._group, self._me = process_group, dist.get_rank(process_group)
-        self._timeout_s = timeout_s
-        self._num_sent: defaultdict[Route, int] = defaultdict(int)
-        self.sent_bytes = 0
-
-    def swap(self, outgoing: Mapping[int, Bytes], incoming: Mapping[int, int]) -> dict[int, Bytes]:
-        """Send a buffer to each receiver; return one of a known size from each sender."""
-        arrived = {sender: np.empty(size, np.uint8) for sender, size in incoming.items()}
-        transfers = [self._transfer((sender, self._me), into) for sender, into in arrived.items()]
-        transfers += [self._transfer((self._me, to), body) for to, body in outgoing.items()]
-        if transfers:
-            InFlight(transfers, self._group).wait(self._timeout_s)
-        self.sent_bytes += sum(map(len, outgoing.values()))
-        return arrived
-
-    def _transfer(self, route: Route, buffer: Bytes) -> Transfer:
-        is_send = route[0] == self._me
-        tag = self._num_sent[route]
-        self._num_sent[route] += 1
-        return Transfer(route[is_send], torch.from_numpy(buffer), tag, is_send)
 
 
 _Role = TypeVar("_Role")

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from npr_megatron.errors import StaleWeightsError
 from npr_megatron.weights import delta
 from npr_megatron.weights.copies import Copy
-from npr_megatron.weights.delta import (
-    Baseline,
-    Chain,
-    DeltaHeader,
-    ServedVersion,
-    apply_delta,
-    encode_delta,
-)
+from npr_megatron.weights.delta import apply_delta, encode_delta
+from npr_megatron.weights.delta_chain import Baseline, Chain, DeltaHeader, ServedVersion
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float32)
