@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import add, sub
 
 Index = tuple[int, ...]
 
@@ -18,22 +19,24 @@ class Box:
     @classmethod
     def at(cls, start: Index, shape: Index) -> Box:
         """Return the box of ``shape`` that begins at ``start``."""
-        return cls(start, tuple(a + n for a, n in zip(start, shape, strict=True)))
+        if len(start) != len(shape):
+            raise ValueError(f"a box at {start} cannot have shape {shape}: unequal numbers of axes")
+        return cls(start, tuple(map(add, start, shape)))
 
     @property
     def shape(self) -> Index:
         """Elements along each axis."""
-        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def num_elements(self) -> int:
         """Volume."""
-        return math.prod(self.shape)
+        return math.prod(map(sub, self.stop, self.start))
 
     @property
     def slices(self) -> tuple[slice, ...]:
         """Index expression that selects the box from a tensor."""
-        return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+        return tuple(map(slice, self.start, self.stop))
 
     def intersect(self, other: Box) -> Box | None:
         """Return the common part, None where there is none."""
@@ -46,7 +49,4 @@ class Box:
     def moved(self, from_start: Index, to_start: Index) -> Box:
         """Return the box as seen after a move of its surroundings from one origin to another."""
         shift = tuple(b - a for a, b in zip(from_start, to_start, strict=True))
-        return Box(
-            tuple(a + s for a, s in zip(self.start, shift, strict=True)),
-            tuple(b + s for b, s in zip(self.stop, shift, strict=True)),
-        )
+        return Box(tuple(map(add, self.start, shift)), tuple(map(add, self.stop, shift)))
