@@ -25,15 +25,24 @@ from npr_megatron.weights.tiles import Layout, RankLayout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetUnit:
-    """Neighbouring engines that fill their nodes."""
+    """Engines that share nodes and are planned together, and all units of the fleet like them."""
 
     target: Layout
     """Ranks of all its engines."""
     plan: TransferPlan
-    count: int
-    """Such units in the fleet."""
     num_engines: int
-    num_nodes: int
+    nodes: tuple[tuple[int, ...], ...]
+    """Nodes of the fleet, for each such unit."""
+
+    @property
+    def count(self) -> int:
+        """Such units in the fleet."""
+        return len(self.nodes)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of one unit."""
+        return len(self.nodes[0])
 
 
 def count_bytes(
@@ -101,8 +110,7 @@ def _kinds(
     num_sources: int,
     weight_bytes: int,
 ) -> Iterable[NodeKind]:
-    """Return one kind per node of each unit, numbered through the fleet."""
-    first = 0
+    """Return one kind per node of each unit."""
     for unit, unit_nodes in zip(units, nodes, strict=True):
         table = unit.plan.copy_table
         node_of_rank = np.array(unit.plan.target_nodes)
@@ -111,12 +119,11 @@ def _kinds(
         np.add.at(taken, places, table.num_bytes(weight_bytes))
         for number, node in enumerate(unit_nodes):
             yield NodeKind(
-                nodes=tuple(first + number + unit.num_nodes * i for i in range(unit.count)),
+                nodes=tuple(nodes_of_one[number] for nodes_of_one in unit.nodes),
                 content=node.content,
                 bytes_from=tuple(int(size) for size in taken[number]),
                 gpu_bytes=node.gpu_bytes,
             )
-        first += unit.num_nodes * unit.count
 
 
 def held_bytes(rank: RankLayout, weight_bytes: int) -> int:

@@ -1,7 +1,9 @@
 """The transfer plans of a whole fleet.
 
-Engines fill nodes in order. The fleet is cut into units: the fewest engines that fill whole nodes.
-All units but an incomplete last one are alike, so one plan each is made, however large the fleet.
+Engines fill nodes in order. Those that share nodes form a unit and are planned together; all units
+but an incomplete last one are alike, so few plans are made, however large the fleet. Turns around
+the source's replicas, which ``weights.fleet`` adds per unit, leave times as they are: each unit's
+plan is balanced already.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from npr_megatron.planning.fleet_bytes import FleetUnit, count_bytes, held_bytes
 from npr_megatron.planning.push_floor import GB
 from npr_megatron.planning.push_request import WEIGHT_BYTES, PushRequest
 from npr_megatron.planning.push_volume import PushVolume
+from npr_megatron.weights.fleet import FleetTransfer, PlacedEngine
 from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.plan import plan_transfer
 from npr_megatron.weights.served_layout import Quantisation, quantised_layout
 from npr_megatron.weights.tiles import Layout
 from npr_megatron.weights.verify import verify_transfer
@@ -29,7 +31,7 @@ class FleetPlan:
 
     source: Layout
     units: tuple[FleetUnit, ...]
-    """Complete ones, then an incomplete one if there is one."""
+    """One per class: complete ones, then an incomplete one if there is one."""
     volume: PushVolume
     minimum_bytes: int
     """What must cross into the fleet's nodes, counted from the tiles alone [bytes]."""
@@ -121,18 +123,21 @@ def _shortages(
 def _units(
     source: Layout, engine: Layout, request: PushRequest, gpus_per_node: int, weight_bytes: int
 ) -> Iterable[FleetUnit]:
-    per_unit = math.lcm(len(engine.ranks), gpus_per_node) // len(engine.ranks)
-    complete, rest = divmod(request.num_engines, per_unit)
-    for count, num_engines in ((complete, per_unit), (1, rest)):
-        if count == 0 or num_engines == 0:
-            continue
-        target = Layout(engine.kind, engine.ranks * num_engines)
-        nodes = [rank // gpus_per_node for rank in range(len(target.ranks))]
-        plan = plan_transfer(source, target, target_nodes=nodes, weight_bytes=weight_bytes)
+    """Fill nodes with engines in order, and return the classes of units they fall into."""
+    size = len(engine.ranks)
+    engines = [
+        PlacedEngine(engine, tuple((number * size + rank) // gpus_per_node for rank in range(size)))
+        for number in range(request.num_engines)
+    ]
+    transfer = FleetTransfer(source, engines, weight_bytes=weight_bytes)
+    for number, plan in enumerate(transfer.class_plans):
+        members = [unit.engines for unit in transfer.units if unit.class_index == number]
         yield FleetUnit(
-            target=target,
+            target=transfer.targets[number],
             plan=plan,
-            count=count,
-            num_engines=num_engines,
-            num_nodes=nodes[-1] + 1,
+            num_engines=len(members[0]),
+            nodes=tuple(
+                tuple(sorted({node for one in unit for node in engines[one].nodes}))
+                for unit in members
+            ),
         )

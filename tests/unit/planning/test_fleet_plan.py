@@ -153,7 +153,7 @@ def test_a_wrong_plan_is_not_called_proven():
     )
     wrong = FleetPlan(
         source=fleet.source,
-        units=(type(unit)(target=unit.target, plan=broken, count=1, num_engines=1, num_nodes=1),),
+        units=(type(unit)(target=unit.target, plan=broken, num_engines=1, nodes=unit.nodes),),
         volume=fleet.volume,
         minimum_bytes=fleet.minimum_bytes,
     )
