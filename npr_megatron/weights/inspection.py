@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,12 @@ from npr_megatron.weights.chunking import row_bands
 from npr_megatron.weights.comparison import BAND_BYTES
 from npr_megatron.weights.conversion import CHECKSUMS_FILE
 from npr_megatron.weights.digest import digest_box
+from npr_megatron.weights.executors.disk import is_version, read_manifest
+from npr_megatron.weights.executors.shard_file import sha256_of
 from npr_megatron.weights.parts import crc32_of
 from npr_megatron.weights.progress import Progress, Report
-from npr_megatron.weights.stored import StoredCheckpoint
+from npr_megatron.weights.safetensors_files import BrokenFileError, tensors_of
+from npr_megatron.weights.stored import StoredCheckpoint, StoredTensor, read_box
 from npr_megatron.weights.tiles import Tile
 from npr_megatron.weights.torch_dist_files import METADATA_FILE, damaged_archives
 
@@ -35,22 +38,25 @@ class Finding:
     """What is to be said about a checkpoint."""
 
     kind: str
-    """``canonical`` (an HF folder) or ``torch_dist``."""
+    """``canonical`` (an HF folder), ``torch_dist`` or ``version`` (written for engines)."""
     num_tensors: int
     num_bytes: int
     dtypes: tuple[str, ...]
     digest: int | None
-    """Of all weights (``weights.digest``); None where not all could be read."""
+    """Of all weights (``weights.digest``); None where not all could be read. Of a version, which
+    does not say where its elements belong, the one it was published with."""
     problems: tuple[str, ...]
     """One sentence each; empty: the checkpoint is good."""
 
 
 def inspect_checkpoint(path: Path, hf_folder: Path | None, report: Report) -> Finding:
-    """Read the checkpoint at ``path`` to its last byte.
+    """Read the checkpoint or published version at ``path`` to its last byte.
 
     Raises:
         InputError: it is no checkpoint at all, or its architecture is not known.
     """
+    if is_version(path):
+        return _inspect_version(path, report)
     checkpoint, problems = examine_checkpoint(path, hf_folder)
     problems += _checksum_problems(checkpoint.path, problems)
     readable = [
@@ -82,6 +88,51 @@ def _fits(tile: Tile, checkpoint: StoredCheckpoint) -> bool:
     )
 
 
+def _inspect_version(folder: Path, report: Report) -> Finding:
+    """Read a version as ``executors.disk`` writes it: one file per source rank, and a manifest."""
+    version = read_manifest(folder)
+    total = sum(file.num_bytes for file in version.files)
+    tensors: list[StoredTensor] = []
+    problems: list[str] = []
+    done = 0
+    for expected in version.files:
+        file = folder / expected.name
+        try:
+            held = list(tensors_of(file))
+        except (OSError, BrokenFileError) as error:
+            problems.append(f"{error}; copy it again")
+            continue
+        found = sha256_of(file)
+        if found != expected.sha256:
+            problems.append(
+                f"{file} has SHA-256 {found}, expected {expected.sha256}; copy it again"
+            )
+        problems += [problem for tensor in held for problem in _value_problems(tensor)]
+        tensors += held
+        done += expected.num_bytes
+        report(Progress(done, total))
+    return Finding(
+        kind="version",
+        num_tensors=len(tensors),
+        num_bytes=sum(tensor.num_bytes for tensor in tensors),
+        dtypes=tuple(sorted({str(tensor.dtype) for tensor in tensors})),
+        digest=None if problems else version.publication.digest,
+        problems=tuple(problems),
+    )
+
+
+def _value_problems(tensor: StoredTensor) -> Iterator[str]:
+    whole = Box((0,) * len(tensor.shape), tensor.shape)
+    count = 0
+    for box in row_bands(whole, BAND_BYTES // tensor.dtype.itemsize):
+        values = torch.empty(box.shape, dtype=tensor.dtype)
+        read_box(tensor, box, values)
+        count += int((~torch.isfinite(values.float())).sum())
+    if count:
+        file = tensor.chunks[0].file
+        yield f"{tensor.name} in {file}: {count} values are not finite, expected none"
+
+
 class _Reader:
     """Reads tiles and keeps what was found."""
 
@@ -109,7 +160,7 @@ class _Reader:
             except InputError as error:
                 self._unreadable[str(error)] = None
                 return
-            self._non_finite[tile.parameter] += int((~torch.isfinite(values)).sum())
+            self._non_finite[tile.parameter] += int((~torch.isfinite(values.float())).sum())
             share += digest_box(tile.parameter, box, values)
             self._done += box.num_elements
             self._report(Progress(self._done, self._total))

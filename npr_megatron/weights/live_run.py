@@ -62,15 +62,18 @@ class LiveRun:
         serving = _read_json(folder / SERVING_FILE)
         try:
             self.version, self._digest = int(serving["version"]), int(str(serving["digest"]), 16)
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{folder / SERVING_FILE} names no version ({error!r})") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{folder / SERVING_FILE} names no version ({error!r}); the run serves nothing yet"
+            ) from error
         self.model: ModelConfig = _architecture(config)
         self.layout: Layout = trainer_layout(self.model, config.parallel)
-        self._dtype = _DTYPES[config.engine.dtype]
-        self._held = tuple(
-            self._open(arena_path(config.cluster.arena_dir, folder.resolve().name, rank), rank)
+        paths = [
+            arena_path(config.cluster.arena_dir, folder.resolve().name, rank)
             for rank in range(len(self.layout.ranks))
-        )
+        ]
+        self._dtype = _DTYPES[config.engine.dtype]
+        self._held = tuple(self._open(path, rank) for rank, path in enumerate(paths))
 
     def _open(self, path: Path, rank: int) -> _Held:
         arena = Arena(path, self.layout.ranks[rank], self._dtype)

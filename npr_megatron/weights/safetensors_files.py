@@ -55,21 +55,21 @@ def find_hf_tensors(folder: Path, model: ModelConfig) -> tuple[dict[str, StoredT
             problems.append(f"{file} is missing{holds}{more}; copy it again")
             continue
         try:
-            found = {tensor.name: tensor for tensor in _tensors_of(file)}
+            found = {tensor.name: tensor for tensor in tensors_of(file)}
             problems += [
                 f"{name} is in two files, one is {file}" for name in found if name in tensors
             ]
             lost = [name for name in expected if name not in found]
             problems += [f"{name} is not in {file}, where the index has it" for name in lost]
             tensors |= found
-        except _BrokenFileError as error:
+        except BrokenFileError as error:
             problems.append(str(error))
     if model.tie_word_embeddings:
         tensors.pop(LM_HEAD, None)
     return tensors, problems
 
 
-class _BrokenFileError(Exception):
+class BrokenFileError(Exception):
     """A file does not hold what its header says."""
 
 
@@ -89,7 +89,13 @@ def _weight_files(folder: Path, problems: list[str]) -> dict[Path, list[str]]:
     return files
 
 
-def _tensors_of(file: Path) -> Iterator[StoredTensor]:
+def tensors_of(file: Path) -> Iterator[StoredTensor]:
+    """Yield the tensors of one file.
+
+    Raises:
+        BrokenFileError: the file is not what its header says, or has none.
+        OSError: it cannot be read.
+    """
     size = file.stat().st_size
     header, data = _read_header(file, size)
     for name, entry in header.items():
@@ -99,14 +105,14 @@ def _tensors_of(file: Path) -> Iterator[StoredTensor]:
             shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
             dtype = _DTYPES.get(entry["dtype"])
         except (KeyError, TypeError, ValueError) as error:
-            raise _BrokenFileError(f"{file}: the header of {name} is broken ({error!r})") from error
+            raise BrokenFileError(f"{file}: the header of {name} is broken ({error!r})") from error
         if dtype is None:
-            raise _BrokenFileError(
+            raise BrokenFileError(
                 f"{name} is {entry['dtype']} in {file}, readable are {', '.join(_DTYPES)}"
             )
         expected = math.prod(shape) * dtype.itemsize
         if stop - start != expected or data + stop > size:
-            raise _BrokenFileError(
+            raise BrokenFileError(
                 f"{name} {list(shape)} takes {expected} bytes up to byte {data + start + expected} "
                 f"of {file}, which has {size}; the file is truncated or broken, copy it again"
             )
@@ -120,15 +126,15 @@ def _read_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
         first = opened.read(_LENGTH.size)
         length = _LENGTH.unpack(first)[0] if len(first) == _LENGTH.size else size
         if length > min(size - _LENGTH.size, _MAX_HEADER_BYTES):
-            raise _BrokenFileError(
+            raise BrokenFileError(
                 f"{file} has {size} bytes, not even its header is whole; copy it again"
             )
         try:
             header = json.loads(opened.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise _BrokenFileError(f"{file} has no readable header ({error})") from error
+            raise BrokenFileError(f"{file} has no readable header ({error})") from error
     if not isinstance(header, dict):
-        raise _BrokenFileError(f"{file} has a header that is no JSON object; copy it again")
+        raise BrokenFileError(f"{file} has a header that is no JSON object; copy it again")
     return header, _LENGTH.size + length
 
 

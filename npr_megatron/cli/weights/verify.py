@@ -15,7 +15,7 @@ from npr_megatron.cli.weights.progress import progress_bar
 
 def verify(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="HF folder, or torch_dist checkpoint.")
+        Path, typer.Argument(metavar="PATH", help="HF folder, torch_dist checkpoint, or version.")
     ],
     hf: HfFolder = None,
 ) -> None:

@@ -146,6 +146,11 @@ def versions_on_disk(root: str | Path) -> list[Path]:
     return sorted(path for path in found if _COMPLETE.fullmatch(path.name))
 
 
+def is_version(folder: str | Path) -> bool:
+    """Return whether ``folder`` is a complete version."""
+    return (Path(folder) / _MANIFEST).is_file()
+
+
 def read_manifest(folder: str | Path) -> DiskVersion:
     """Return what ``folder`` must hold.
 

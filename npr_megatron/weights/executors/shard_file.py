@@ -133,7 +133,7 @@ def shard_faults(
         InputError: as ``open_shard``.
     """
     tensors = open_shard(path, rank_layout, dtype)
-    if _sha256(path) == expected.sha256:
+    if sha256_of(path) == expected.sha256:
         return []
     found: list[str] = []
     for tile, digest in zip(rank_layout.tiles, expected.tile_digests, strict=True):
@@ -167,7 +167,8 @@ def _tensors(
         offset += tensor.num_bytes
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the hash of a file (64 hexadecimal digits)."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(_HASHED_BYTES):

@@ -147,6 +147,9 @@ def test_a_checkpoint_and_a_living_run(npr, source, run):
     result = npr(*arguments)
     assert (result.code, "serving.json does not exist" in result.err) == (2, True)
 
+    (run.folder / "serving.json").write_text('{"version": null, "digest": null, "replicas": []}')
+    assert "the run serves nothing yet" in npr(*arguments).err
+
     run.say_served(0, run.push(0).digest)
     assert npr(*arguments).code == 0
     changed(source, NORM, 3, 77.0)

@@ -9,9 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from npr_megatron.config.training import ParallelConfig
 from npr_megatron.weights.box import Box
 from npr_megatron.weights.checkpoint_folders import open_checkpoint
 from npr_megatron.weights.digest import digest_box
+from npr_megatron.weights.executors.disk import seal, write_shard
+from npr_megatron.weights.hf import read_hf
+from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.storages import empty_storages, load_tiles
 from tests.unit.weights.folders import MODELS, QWEN3, convert, hf_tensors, write_hf_folder
 
 
@@ -153,3 +158,37 @@ def test_what_is_no_checkpoint_is_refused(npr, tmp_path):
     result = npr("weights", "verify", str(tmp_path))
     assert result.code == 2
     assert "is no checkpoint: it has neither config.json" in result.err
+
+
+@pytest.fixture
+def version(tmp_path):
+    """A version as two trainer ranks write it, and its digest."""
+    source = write_hf_folder(tmp_path / "hf", QWEN3)
+    layout = trainer_layout(QWEN3, ParallelConfig(tp_size=2))
+    records = []
+    for rank, rank_layout in enumerate(layout.ranks):
+        storages = empty_storages(rank_layout, torch.float32)
+        load_tiles(rank_layout, read_hf(source, QWEN3).read, storages)
+        args = tmp_path / "versions", layout, rank, 3, storages, torch.float32
+        records.append(write_shard(*args))
+    return seal(tmp_path / "versions", records, keep_last=1)
+
+
+def test_a_published_version_is_read_and_has_the_digest_of_the_model(npr, version, tmp_path):
+    result = npr("weights", "verify", str(version))
+    assert result.code == 0
+    digest = npr("weights", "verify", str(tmp_path / "hf")).out.splitlines()[1]
+    assert result.out.splitlines()[1] == digest
+
+
+def test_a_spoiled_version_is_named_file_by_file(npr, version):
+    first, second = sorted(version.glob("rank*.safetensors"))
+    content = bytearray(first.read_bytes())
+    content[-4:] = b"\xff\xff\xff\x7f"  # nan
+    first.write_bytes(content)
+    second.unlink()
+    found = problems(npr, version)
+    assert len(found) == 3
+    assert f"{first} has SHA-256" in found[0]
+    assert f"in {first}: 1 values are not finite" in found[1]
+    assert str(second) in found[2]
