@@ -10,13 +10,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from npr_megatron.weights.copies import Copy
 from npr_megatron.weights.executors.inproc import RankStorages
 from npr_megatron.weights.messages import Message
 
-_LARGE_BYTES = 2**20
+_LARGE_BYTES = 2**19  # below, two copies in memory cost less than a message of its own
+_ALIGNMENT = 64
+
+
+class Staging:
+    """Scratch memory for one round, used again by a later one: new memory is paid page by page."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._memory: Tensor | None = None
+        self._used = 0
+
+    def clear(self) -> None:
+        """Give all of it away again; nothing taken before may still be in use."""
+        self._used = 0
+
+    def take(self, size: int, like: Tensor) -> Tensor:
+        """Return room for ``size`` elements of the dtype and device of ``like``."""
+        if self._memory is None:
+            self._memory = torch.empty(self._num_bytes, dtype=torch.uint8, device=like.device)
+        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        stop = start + size * like.element_size()
+        if stop > self._num_bytes:  # a row above the budget, or what alignment has eaten
+            return like.new_empty(size)
+        self._used = stop
+        return self._memory[start:stop].view(like.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +54,13 @@ class Parcel:
     wire: Tensor
 
     @classmethod
-    def of(cls, regions: Sequence[Tensor]) -> Parcel:
-        """Return the parcel of ``regions``; allocates unless it is a single contiguous one."""
+    def of(cls, regions: Sequence[Tensor], staging: Staging | None = None) -> Parcel:
+        """Return the parcel of ``regions``; takes memory unless it is a single contiguous one."""
         if len(regions) == 1 and regions[0].is_contiguous():
             return cls((), regions[0].view(-1))
         size = sum(region.numel() for region in regions)
-        return cls(tuple(regions), regions[0].new_empty(size))
+        wire = regions[0].new_empty(size) if staging is None else staging.take(size, regions[0])
+        return cls(tuple(regions), wire)
 
     def pack(self) -> Tensor:
         """Bring the regions into the tensor that travels; return it."""
@@ -53,18 +80,22 @@ class Parcel:
         return [(r, p.view(r.shape)) for r, p in zip(self.regions, parts, strict=True)]
 
 
-def parcels_to_send(message: Message, sources: RankStorages) -> list[Parcel]:
+def parcels_to_send(message: Message, sources: RankStorages, staging: Staging) -> list[Parcel]:
     """Return what the sender of ``message`` has to pack and send, in order."""
     return [
-        Parcel.of([sources[c.source_rank][c.source_storage][c.source_box.slices] for c in copies])
+        Parcel.of(
+            [sources[c.source_rank][c.source_storage][c.source_box.slices] for c in copies], staging
+        )
         for copies in _divided(message)
     ]
 
 
-def parcels_to_receive(message: Message, targets: RankStorages) -> list[Parcel]:
+def parcels_to_receive(message: Message, targets: RankStorages, staging: Staging) -> list[Parcel]:
     """Return what the receiver of ``message`` has to receive and unpack, in order."""
     return [
-        Parcel.of([targets[c.target_rank][c.target_storage][c.target_box.slices] for c in copies])
+        Parcel.of(
+            [targets[c.target_rank][c.target_storage][c.target_box.slices] for c in copies], staging
+        )
         for copies in _divided(message)
     ]
 
