@@ -31,9 +31,19 @@ RUN_ELSEWHERE = {
     '.venv/bin/npr generate runs/quickstart-seed0/stages/npr/hf "a:1+2+9;b:3+5+4;c:7+7+2?"': (
         "tests/end_to_end/test_runs.py"
     ),
+    ".venv/bin/npr weights convert runs/quickstart-seed0/stages/npr/hf megatron-npr "
+    "--tp 2 --pp 2": "tests/end_to_end/test_runs.py",
+    ".venv/bin/npr weights verify megatron-npr": "tests/end_to_end/test_runs.py",
+    ".venv/bin/npr weights diff megatron-npr runs/quickstart-seed0/stages/npr/hf": (
+        "tests/end_to_end/test_runs.py"
+    ),
     "sbatch examples/qwen3-4b/launch.sbatch": "tests/examples/test_examples.py",
 }
 RUN_HERE = [
+    ".venv/bin/npr weights plan qwen3-235b-a22b --trainer tp4,pp2,dp8,ep8,etp1 --engine tp8,ep8 "
+    "--engines 512",
+    ".venv/bin/npr weights simulate qwen3-4b --trainer dp8 --engines 512 --jitter 0.3 "
+    "--slow-nodes 3",
     ".venv/bin/npr --help",
     ".venv/bin/npr check examples/quickstart/run.toml",
     ".venv/bin/npr pipeline examples/quickstart/run.toml --dry-run",

@@ -7,7 +7,7 @@ errors in the ranks too, except those named here.
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.context
 import os
 import pickle
 import time
@@ -29,7 +29,15 @@ _FOREIGN_WARNINGS = (
     r"`load_state_dict` is deprecated",
     r"Please use DTensor instead",
 )
-_PRELOAD = ["npr_megatron.train.rank"]
+_PRELOAD = ["npr_megatron.train.rank", "npr_megatron.rollout.replica"]
+
+
+def forks() -> multiprocessing.context.ForkServerContext:
+    """Return where processes come from that have imported all that is slow to import."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def run_ranks(
@@ -40,9 +48,7 @@ def run_ranks(
     Raises:
         AssertionError: a rank raised (its traceback is in the message) or took longer than allowed.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = forks()
     folder = folder / f"ranks-{time.monotonic_ns()}"
     folder.mkdir()
     ranks = [

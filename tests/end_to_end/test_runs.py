@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,20 @@ def test_the_trained_model_answers_from_its_folder(undisturbed):
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     (line,) = answer.stdout.splitlines()
     assert json.loads(line)
+
+
+def test_the_trained_model_converts_and_compares(undisturbed, tmp_path):
+    model, megatron = undisturbed.folder / "stages/npr/hf", tmp_path / "megatron-npr"
+
+    def weights(*arguments: str | Path) -> str:
+        command = [NPR, "weights", *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+
+    weights("convert", model, megatron, "--tp", "2", "--pp", "2")
+    assert "digest" in weights("verify", megatron)
+    weights("diff", megatron, model)  # exits with 1 where a bit differs
 
 
 def test_a_given_model_starts_at_zero_with_problems_from_files(undisturbed, tmp_path):
