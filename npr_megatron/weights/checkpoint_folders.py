@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 
 from npr_megatron.config.hf_architecture import read_architecture
+from npr_megatron.config.model import ModelConfig
 from npr_megatron.errors import InputError
 from npr_megatron.weights.layout import canonical_layout
 from npr_megatron.weights.megatron_checkpoint import form_found, megatron_checkpoint_layout
 from npr_megatron.weights.safetensors_files import find_hf_tensors
+from npr_megatron.weights.served_layout import Quantisation, quantised_layout
 from npr_megatron.weights.storages import dtype_of
 from npr_megatron.weights.stored import StoredCheckpoint, StoredTensor
 from npr_megatron.weights.tiles import Layout
@@ -71,7 +73,7 @@ def examine_checkpoint(
         hf_folder = folder
         model = read_architecture(folder)
         tensors, problems = find_hf_tensors(folder, model)
-        layout = canonical_layout(model)
+        layout = _hf_layout(model, tensors)
     else:
         raise InputError(
             f"{path} is no checkpoint: it has neither config.json (an HF folder) nor "
@@ -108,6 +110,19 @@ def _newest(path: Path) -> Path:
     return path
 
 
+def _hf_layout(model: ModelConfig, tensors: Mapping[str, StoredTensor]) -> Layout:
+    """Return the layout of an HF folder, in which some matrices may be in blockwise FP8."""
+    layout = canonical_layout(model)
+    shapes = {
+        storage.name: storage.shape
+        for storage in layout.ranks[0].storages
+        if len(storage.shape) == 2
+        and storage.name in tensors
+        and tensors[storage.name].dtype == torch.float8_e4m3fn
+    }
+    return quantised_layout(layout, Quantisation(shapes)) if shapes else layout
+
+
 def _deviations(layout: Layout, tensors: Mapping[str, StoredTensor]) -> list[str]:
     declared = {storage.name: storage for storage in layout.ranks[0].storages}
     problems = [f"unknown tensor {name}" for name in tensors.keys() - declared.keys()]
@@ -120,7 +135,7 @@ def _deviations(layout: Layout, tensors: Mapping[str, StoredTensor]) -> list[str
             problems.append(f"{name} has shape {list(found.shape)}, expected {list(storage.shape)}")
         if storage.dtype is not None and found.dtype != dtype_of(storage, torch.float32):
             problems.append(f"{name} is {found.dtype}, expected {dtype_of(storage, torch.float32)}")
-        elif found.dtype not in _WEIGHT_DTYPES:
+        elif storage.dtype is None and found.dtype not in _WEIGHT_DTYPES:
             names = ", ".join(map(str, _WEIGHT_DTYPES))
             problems.append(f"{name} is {found.dtype}, expected one of {names}")
     return sorted(problems)

@@ -26,7 +26,7 @@ from npr_megatron.weights.gather import Gather, Source
 from npr_megatron.weights.layout import canonical_layout
 from npr_megatron.weights.live_run import LiveRun, is_run_folder
 from npr_megatron.weights.progress import Progress, Report
-from npr_megatron.weights.tiles import Storage
+from npr_megatron.weights.tiles import Layout, Storage
 
 BAND_BYTES = 64 << 20
 """Bytes of a parameter that are held at a time, on either side."""
@@ -89,7 +89,7 @@ def compare(a: Side, b: Side, report: Report) -> list[Comparison]:
         StaleWeightsError: a run went on to another version meanwhile.
     """
     declared_a, declared_b = (_storages(side) for side in (a, b))
-    gather_a, gather_b = (Gather(side, canonical_layout(side.model)) for side in (a, b))
+    gather_a, gather_b = (Gather(side, _canonical(side)) for side in (a, b))
     total = sum(
         math.prod(storage.shape)
         for name, storage in declared_a.items()
@@ -133,7 +133,13 @@ def total_digests(comparisons: list[Comparison]) -> tuple[int | None, int | None
 
 
 def _storages(side: Side) -> dict[str, Storage]:
-    return {s.name: s for s in canonical_layout(side.model).ranks[0].storages}
+    return {storage.name: storage for storage in _canonical(side).ranks[0].storages}
+
+
+def _canonical(side: Side) -> Layout:
+    """Return the HF layout of ``side``; only an HF folder can have scales of FP8 blocks."""
+    own = side.layout
+    return own if own.kind == "canonical" else canonical_layout(side.model)
 
 
 def _compare_parameter(
@@ -144,12 +150,14 @@ def _compare_parameter(
     sum_a = sum_b = 0
     max_delta: float | None = None
     first: tuple[int, ...] | None = None
+    # the numbers of one side alone have scales
+    is_comparable = (dtype_a == torch.float8_e4m3fn) == (dtype_b == torch.float8_e4m3fn)
     whole = Box((0,) * len(storage.shape), storage.shape)
     for box in row_bands(whole, BAND_BYTES // max(dtype_a.itemsize, dtype_b.itemsize)):
         values_a, values_b = a.box(name, box, dtype_a), b.box(name, box, dtype_b)
         share_a, share_b = (digest_box(name, box, values) for values in (values_a, values_b))
         sum_a, sum_b = sum_a + share_a, sum_b + share_b
-        if share_a != share_b:
+        if share_a != share_b and is_comparable:
             delta, where = _largest_delta(values_a, values_b)
             max_delta = delta if max_delta is None else max(max_delta, delta)
             if first is None and where is not None:
@@ -158,7 +166,9 @@ def _compare_parameter(
     sum_a, sum_b = sum_a % 2**64, sum_b % 2**64
     return Comparison(
         parameter=name,
-        state=State.EQUAL if sum_a == sum_b and max_delta is None else State.DIFFERENT,
+        state=State.EQUAL
+        if sum_a == sum_b and max_delta is None and is_comparable
+        else State.DIFFERENT,
         digest_a=sum_a,
         digest_b=sum_b,
         max_delta=max_delta,

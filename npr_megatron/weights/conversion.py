@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from npr_megatron.errors import EnvironmentFault, InputError
+from npr_megatron.weights.box import Box
 from npr_megatron.weights.checkpoint_folders import (
     BACKEND_FILE,
     COMMON_FILE,
@@ -28,8 +30,9 @@ from npr_megatron.weights.checkpoint_folders import (
     is_torch_dist,
     open_checkpoint,
 )
-from npr_megatron.weights.chunking import ReaderShape
-from npr_megatron.weights.gather import Gather
+from npr_megatron.weights.chunking import ReaderShape, row_bands
+from npr_megatron.weights.gather import Gather, Source
+from npr_megatron.weights.hf import HfCheckpoint
 from npr_megatron.weights.journal import Journal
 from npr_megatron.weights.layout import canonical_layout
 from npr_megatron.weights.megatron_checkpoint import megatron_checkpoint_layout
@@ -109,7 +112,7 @@ class Conversion:
         model = self._source.model
         target = canonical_layout(model) if self._is_to_hf else megatron_checkpoint_layout(model)
         self._target: Layout = target
-        self._gather = Gather(self._source, target)
+        self._gather = Gather(_readable(self._source, request), target)
         self._dtypes = {
             storage.name: dtype_of(storage, self._wanted(storage.name))
             for storage in target.ranks[0].storages
@@ -226,6 +229,38 @@ class Conversion:
         _write_json(folder / BACKEND_FILE, backend)
 
 
+class _Dequantised:
+    """An HF folder in blockwise FP8 as the numbers it stands for."""
+
+    def __init__(self, checkpoint: StoredCheckpoint) -> None:
+        self.layout = canonical_layout(checkpoint.model)
+        self._numbers = HfCheckpoint(checkpoint.tensors)
+
+    def dtype_of(self, storage: str) -> torch.dtype:
+        """Return the dtype of the numbers."""
+        del storage
+        return torch.float32
+
+    def read(self, rank: int, storage: str, box: Box, into: Tensor) -> None:
+        """Fill ``into``, shaped as ``box``, band by band."""
+        del rank
+        start = (0,) * len(box.start)
+        for band in row_bands(box, SCRATCH_BYTES // 16):  # fp32 numbers and scales, each twice
+            into[band.moved(box.start, start).slices].copy_(self._numbers.read(storage, band))
+
+
+def _readable(source: StoredCheckpoint, request: Request) -> Source:
+    """Return ``source`` with plain numbers."""
+    if not source.is_quantised:
+        return source
+    if request.dtype is None:
+        raise InputError(
+            f"{source.path} is in blockwise FP8, in which torch_dist checkpoints do not keep "
+            "weights; choose --dtype bf16 or fp32"
+        )
+    return _Dequantised(source)
+
+
 def _fingerprint(request: Request, source: StoredCheckpoint) -> str:
     """Return a hash of the request and of the files it reads, as far as their dates tell."""
     files = {chunk.file for tensor in source.tensors.values() for chunk in tensor.chunks}
@@ -255,6 +290,7 @@ def _copy_companions(source: Path, target: Path, dtype: str | None) -> None:
     if dtype is not None:
         config: dict[str, Any] = json.loads((target / "config.json").read_text(encoding="utf-8"))
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config.pop("quantization_config", None)
         _write_json(target / "config.json", config | {key: _DTYPE_NAMES[dtype]})
 
 

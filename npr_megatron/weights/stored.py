@@ -64,6 +64,11 @@ class StoredCheckpoint:
     hf_folder: Path
     """Where config.json and the tokenizer are."""
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether some of it is in blockwise FP8."""
+        return any(tensor.dtype == torch.float8_e4m3fn for tensor in self.tensors.values())
+
     def read(self, rank: int, storage: str, box: Box, into: Tensor) -> None:
         """Fill ``into``, shaped as ``box``, casting to its dtype; ``rank`` is 0."""
         del rank

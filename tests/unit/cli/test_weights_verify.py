@@ -17,7 +17,14 @@ from npr_megatron.weights.executors.disk import seal, write_shard
 from npr_megatron.weights.hf import read_hf
 from npr_megatron.weights.layout import trainer_layout
 from npr_megatron.weights.storages import empty_storages, load_tiles
-from tests.unit.weights.folders import MODELS, QWEN3, convert, hf_tensors, write_hf_folder
+from tests.unit.weights.folders import (
+    MODELS,
+    QWEN3,
+    convert,
+    hf_tensors,
+    write_fp8_folder,
+    write_hf_folder,
+)
 
 
 @pytest.fixture(scope="module", params=["hf", "torch_dist"])
@@ -158,6 +165,24 @@ def test_what_is_no_checkpoint_is_refused(npr, tmp_path):
     result = npr("weights", "verify", str(tmp_path))
     assert result.code == 2
     assert "is no checkpoint: it has neither config.json" in result.err
+
+
+def test_blockwise_fp8_is_verified_with_its_scales(npr, tmp_path):
+    folder, _ = write_fp8_folder(tmp_path / "fp8")
+    result = npr("weights", "verify", str(folder))
+    assert result.code == 0
+    assert "float32, float8_e4m3fn, no problem" in result.out
+    assert npr("weights", "diff", str(folder), str(folder)).code == 0
+    tensors = hf_tensors(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    del tensors[f"{name}_scale_inv"]
+    tensors[name][1, 2] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+    found = problems(npr, folder)
+    assert found == [
+        f"missing tensor {name}_scale_inv [3, 2]",
+        f"{name}: 1 values are not finite, expected none",
+    ]
 
 
 @pytest.fixture

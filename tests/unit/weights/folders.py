@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import zlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npr_megatron.config.model import InitConfig, ModelConfig, MoeConfig
@@ -53,6 +55,28 @@ def write_hf_folder(folder: Path, model: ModelConfig, dtype: torch.dtype = torch
     write_hf(folder, model, tensors)
     (folder / "tokenizer.json").write_text('{"model": "of words"}')
     return folder
+
+
+def write_fp8_folder(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Write a model with projections in blockwise FP8; return the numbers that it stands for."""
+    model = UNTIED.model_copy(update={"hidden_size": 144, "intermediate_size": 264})
+    tensors = hf_tensors(write_hf_folder(folder, model))
+    numbers = dict(tensors)
+    for name, tensor in numbers.items():
+        if name.endswith("_proj.weight"):
+            grid = [-(-n // 128) for n in tensor.shape]
+            scales = torch.arange(1.0, 1 + math.prod(grid)).view(grid) / 64
+            factor = torch.kron(scales, torch.ones(128, 128))
+            tensors[name] = (tensor / factor[tuple(map(slice, tensor.shape))]).to(
+                torch.float8_e4m3fn
+            )
+            tensors[f"{name}_scale_inv"] = scales
+            numbers[name] = tensors[name].float() * factor[tuple(map(slice, tensor.shape))]
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, numbers
 
 
 def _noise(name: str, like: Tensor) -> Tensor:

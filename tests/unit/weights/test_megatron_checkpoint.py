@@ -29,6 +29,7 @@ from tests.unit.weights.folders import (
     convert,
     hf_tensors,
     same_bits,
+    write_fp8_folder,
     write_hf_folder,
 )
 
@@ -90,6 +91,16 @@ def test_casting_is_the_only_thing_that_changes_values(tmp_path):
     }
     assert same_bits(hf_tensors(back), expected)
     assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_blockwise_fp8_becomes_the_numbers_it_stands_for(tmp_path):
+    source, numbers = write_fp8_folder(tmp_path / "hf")
+    with pytest.raises(InputError, match=r"is in blockwise FP8.* choose --dtype bf16 or fp32"):
+        convert(source, tmp_path / "megatron")
+    folder = convert(source, tmp_path / "megatron", dtype="fp32")
+    back = convert(folder, tmp_path / "back")
+    assert same_bits(hf_tensors(back), numbers)
+    assert "quantization_config" not in json.loads((back / "config.json").read_text())
 
 
 @pytest.mark.parametrize("family", MODELS)
