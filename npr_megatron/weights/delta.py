@@ -35,7 +35,7 @@ _Bits = npt.NDArray[np.unsignedinteger]
 CHUNK_ELEMENTS = 2**16
 """So that a position takes two bytes."""
 _POSITIONS, _BITMAP, _DENSE = range(3)
-_RECORD = np.dtype([("chunk", "<u4"), ("form", "u1"), ("count", "<u4")])
+_RECORD = np.dtype([("chunk", "<u4"), ("form", "<u4"), ("count", "<u4")])
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -110,7 +110,7 @@ def _apply_chunk(place: _Bits, form: int, count: int, content: Bytes) -> None:
     if form == _POSITIONS:
         positions = index.view("<u2").astype(np.intp)
     else:
-        positions = np.flatnonzero(np.unpackbits(index, count=place.size))
+        positions = np.flatnonzero(np.unpackbits(index, count=place.size).view(bool))
     if len(positions) != count or int(positions.max()) >= place.size:
         raise StaleWeightsError("a delta is damaged and half applied; push the full weights")
     if place.flags.c_contiguous:
