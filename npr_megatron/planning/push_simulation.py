@@ -158,10 +158,10 @@ def _run_chain(chain: Sequence[int], rails: _Rails, found: Conditions) -> list[f
     done: list[float] = []
     for place, node in enumerate(chain):
         times = _receive(chain, place, held, rails, found)
-        death = found.deaths.get(node, math.inf)
-        held.append(np.where(times <= death, times, math.inf))
+        held.append(times)
         spread = _serve(times, np.full(len(times), rails.nvlink_s[node]))
-        done.append(float(spread[-1]) if spread[-1] <= death else math.inf)
+        is_in_time = spread[-1] <= found.deaths.get(node, math.inf)
+        done.append(float(spread[-1]) if is_in_time else math.inf)
     return done
 
 

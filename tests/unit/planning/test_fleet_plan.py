@@ -134,11 +134,11 @@ def test_every_problem_of_both_layouts_is_listed():
 
 
 def test_a_cluster_that_is_too_small_is_refused_in_nodes_and_in_memory():
-    cluster = HardwareConfig(num_nodes=2, gpu_memory_gb=1e-4)
+    cluster = HardwareConfig(num_nodes=3, gpu_memory_gb=1e-4)
     with pytest.raises(ConfigError) as caught:
         plan_fleet(request(TINY, "tp2", "tp1", 20), cluster)
     nodes, memory = caught.value.problems
-    assert "need 1 + 3 nodes of 8, the cluster has num_nodes 2" in nodes
+    assert "need 1 + 3 nodes of 8, the cluster has num_nodes 3" in nodes
     assert "gpu_memory_gb 0.0001" in memory
 
 
@@ -173,6 +173,17 @@ def test_movements_add_up_to_the_bytes_of_a_unit():
     (w2,) = [one for one in over_nics if one.target.endswith("experts.w2_weight")]
     assert w2.num_bytes == 2 * 4 * 8 * 64 * 32  # layers, experts, hidden, inner
     assert result.wire_ratio == 1.0
+
+
+def test_a_movement_names_its_copies_and_the_largest_of_them():
+    fleet = plan_fleet(request(TINY, "tp1", "tp1", 1), H100)
+    movements = forecast(fleet, "bf16", H100).movements
+    (qkv,) = [one for one in movements if "qkv" in one.target]
+    assert qkv.source == "decoder.layers.*.self_attention.linear_qkv.weight"
+    assert qkv.target == "layers.*.qkv_proj.weight"
+    # per layer and kv head two query heads in one copy, a key and a value head in one each
+    assert qkv.num_copies == 4 * 4 * 3
+    assert qkv.largest_bytes == 2 * 2 * 16 * 64
 
 
 @pytest.mark.parametrize(("engine", "num_engines"), [("tp2", 32), ("tp8", 8)])

@@ -96,6 +96,22 @@ def test_jitter_costs_a_deep_chain_a_fifth_and_is_the_same_for_the_same_seed():
     assert again.seconds == shaken[0]
 
 
+def test_jitter_leaves_the_mean_rate_of_a_link_as_it_is():
+    volume = even_volume(471.7, 8, 1)
+    steady = simulate_direct(volume, H100).seconds
+    shaken = simulate_direct(volume, H100, Conditions(jitter=0.3)).seconds
+    assert shaken == pytest.approx(steady, rel=0.01)
+
+
+def test_an_orphan_is_fed_no_faster_than_its_slow_ancestor_sends():
+    volume = even_volume(471.7, 8, 3)
+    troubles = Conditions(slow={0: 0.5}, deaths={1: 1.31}, are_rates_known=False)
+    finish = simulate_relay(volume, H100, troubles).finish_s
+    # half was received at half the rate when node 1 died; the rest takes as long, after detection
+    assert finish[0] == pytest.approx(2 * 1.31, rel=0.02)
+    assert finish[2] == pytest.approx(1.31 + 0.5 + 1.31, rel=0.02)
+
+
 def test_orphans_of_a_death_half_way_lose_the_detection_time():
     volume = even_volume(471.7, 8, 16)
     healthy = simulate_relay(volume, H100).finish_s
