@@ -1,8 +1,9 @@
 """The transfer to a whole fleet: few plans, each for many alike.
 
-A unit is an engine, or all engines that share nodes: what they want in common crosses the wire to
-a node once. Units with equal layouts, equally spread over nodes, are of one class and share one
-plan, so the description grows by a few numbers per engine. Each unit turns its class plan by
+A unit is an engine, or all engines of one layout that share nodes: what they want in common crosses
+the wire to a node once. (Engines of unlike layouts cut parameters unlike and are planned apart.)
+Units with equal layouts, equally spread over nodes, are of one class and share one plan, so the
+description grows by a few numbers per engine. Each unit turns its class plan by
 another number of steps around the source's replicas; else all units would ask the same replica for
 the same weights at the same moment. Relays are none of this module's business.
 """
@@ -122,14 +123,19 @@ def _contents(rank: RankLayout) -> dict[str, tuple[Storage, tuple[Tile, ...]]]:
 
 
 def _units(engines: Sequence[PlacedEngine]) -> list[tuple[int, ...]]:
-    """Return the groups of engines that share nodes, directly or through others."""
-    unit_at: dict[int, list[int]] = {}
+    """Return the groups of engines of one layout that share nodes, directly or through others."""
+    unit_at: dict[tuple[str, int], list[int]] = {}
     for number, engine in enumerate(engines):
-        neighbours = {id(unit_at[node]): unit_at[node] for node in engine.nodes if node in unit_at}
+        places = _places(engine)
+        neighbours = {id(unit_at[at]): unit_at[at] for at in places if at in unit_at}
         unit = [number, *(member for one in neighbours.values() for member in one)]
         for member in unit:
-            unit_at |= dict.fromkeys(engines[member].nodes, unit)
+            unit_at |= dict.fromkeys(_places(engines[member]), unit)
     return sorted({tuple(sorted(unit)) for unit in unit_at.values()})
+
+
+def _places(engine: PlacedEngine) -> list[tuple[str, int]]:
+    return [(engine.layout.layout_id, node) for node in engine.nodes]
 
 
 def _renumbered(nodes: Sequence[int]) -> tuple[int, ...]:
