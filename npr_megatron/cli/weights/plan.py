@@ -58,8 +58,10 @@ def plan(
 
       npr weights plan my-model/ --engine tp8 --set nic_gb_per_s=22 --plot push.png
     """
+    from npr_megatron.cli.weights.plan_chart import draw_sweep
     from npr_megatron.cli.weights.plan_tables import print_forecast
     from npr_megatron.planning.fleet_plan import plan_fleet, require_proven
+    from npr_megatron.planning.fleet_sweep import sweep_fleet
     from npr_megatron.planning.forecast import forecast
 
     request, cluster = read_push(
@@ -78,9 +80,6 @@ def plan(
             require_proven(fleet)
         result = forecast(fleet, request.dtype, cluster, max_depth)
         if plot is not None:
-            from npr_megatron.cli.weights.plan_chart import draw_sweep
-            from npr_megatron.planning.fleet_sweep import sweep_fleet
-
             title = f"{model}, {dtype.value}, {len(fleet.source.ranks):,} trainer GPUs"
             points = sweep_fleet(fleet, cluster, max_depth)
             draw_sweep(plot, title, points, request.num_fleet_gpus)

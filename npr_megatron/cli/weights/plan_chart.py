@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
-
 from npr_megatron.cli.weights.plan_tables import in_time
 from npr_megatron.errors import InputError
 from npr_megatron.planning.fleet_sweep import SweepPoint
@@ -27,6 +24,9 @@ def draw_sweep(path: Path, title: str, points: Sequence[SweepPoint], num_gpus: i
     Raises:
         InputError: the file cannot be written, or its suffix is no image format.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     sizes = [point.num_gpus for point in points]
