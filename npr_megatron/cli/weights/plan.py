@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,6 +24,8 @@ from npr_megatron.cli.weights.push_options import (
     Trainer,
     read_push,
 )
+from npr_megatron.planning.cluster import HardwareConfig
+from npr_megatron.planning.push_request import PushRequest
 
 
 def plan(
@@ -85,17 +87,20 @@ def plan(
             draw_sweep(plot, title, points, request.num_fleet_gpus)
 
     if as_json:
-        described = {
-            "model": model,
-            "dtype": request.dtype,
-            "trainer": {**request.parallel.model_dump(), "gpus": request.parallel.world_size},
-            "engine": {"tp_size": request.engine_tp, "ep_size": request.engine_ep},
-            "engines": engines,
-            "cluster": cluster.model_dump(),
-            "is_proven": verify,
-        }
-        print(json.dumps({**described, **result.as_json()}))
+        described = _described(model, request, cluster)
+        print(json.dumps({**described, "is_proven": verify, **result.as_json()}))
     else:
         print_forecast(Console(), model, request, result, is_proven=verify)
         if plot is not None:
             print(plot)
+
+
+def _described(model: str, request: PushRequest, cluster: HardwareConfig) -> dict[str, Any]:
+    return {
+        "model": model,
+        "dtype": request.dtype,
+        "trainer": {**request.parallel.model_dump(), "gpus": request.parallel.world_size},
+        "engine": {"tp_size": request.engine_tp, "ep_size": request.engine_ep},
+        "engines": request.num_engines,
+        "cluster": cluster.model_dump(),
+    }
