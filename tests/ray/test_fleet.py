@@ -1,13 +1,17 @@
 """A fleet of real processes answers as one engine does, whatever happens to its replicas."""
 
 import dataclasses
+import json
 import os
 import signal
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from npr_megatron.config.engine import EngineConfig, FleetConfig
 from npr_megatron.errors import EnvironmentFault, InputError, StaleWeightsError
@@ -15,6 +19,7 @@ from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import DecodeMode, Trajectory
 from npr_megatron.rollout.fleet import Fleet
 from npr_megatron.rollout.health import Health, ReplicaState, Stamp
+from npr_megatron.weights.executors.shared_memory import Publisher
 from npr_megatron.weights.layout import canonical_layout
 from npr_megatron.weights.publication import Publication
 from tests.engines import TINY, request_for
@@ -66,11 +71,22 @@ def assert_same(found: list[Trajectory], expected: list[Trajectory]) -> None:
 
 
 @pytest.fixture(scope="module")
-def fleet(cluster):
+def record(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("run") / "serving.json"
+
+
+@pytest.fixture(scope="module")
+def fleet(cluster, record):
     """Two replicas with few requests at once."""
-    config = FleetConfig(num_replicas=2, request_timeout_s=60, max_restarts=4)
+    config = FleetConfig(num_replicas=2, request_timeout_s=60, push_timeout_s=8, max_restarts=6)
     with Fleet(
-        cluster.replica_seats, TINY, FEW_AT_ONCE, config, SMALL, source=canonical_layout(TINY)
+        cluster.replica_seats,
+        TINY,
+        FEW_AT_ONCE,
+        config,
+        SMALL,
+        source=canonical_layout(TINY),
+        record=record,
     ) as fleet:
         yield fleet
 
@@ -190,6 +206,65 @@ def test_a_replica_lost_while_idle_is_replaced_by_the_next_push(fleet, publish):
     requests = requests_of(4, 1)
     expected = engine_with(NEW, publication.version).generate(requests)
     assert_same(fleet.generate(requests), expected)
+
+
+def test_a_stopped_replica_is_fenced_and_comes_back_with_the_current_weights_only(
+    fleet, publish, record
+):
+    restarts, pids, requests = fleet.num_restarts, fleet.pids, requests_of(4, 1)
+    os.kill(pids[1], signal.SIGSTOP)
+    for weights in (OLD, NEW):  # the second push does not even wait for it
+        publication = publish(weights)
+        fleet.push(publication)
+        assert fleet.states[0] == ReplicaState(Health.HEALTHY, stamp_of(publication))
+        assert fleet.states[1].health is Health.FENCED
+        expected = engine_with(weights, publication.version).generate(requests)
+        assert_same(fleet.generate(requests), expected)
+    told = json.loads(record.read_text())
+    assert (told["version"], told["digest"]) == (publication.version, f"{publication.digest:#018x}")
+    assert [replica["pid"] for replica in told["replicas"]] == list(pids)
+    assert [replica["health"] for replica in told["replicas"]] == ["healthy", "fenced"]
+    os.kill(pids[1], signal.SIGCONT)
+    deadline = time.monotonic() + 60
+    while fleet.states[1].health is not Health.HEALTHY:
+        assert time.monotonic() < deadline, fleet.states
+        assert_same(fleet.generate(requests), expected)
+    assert fleet.states[1] == ReplicaState(Health.HEALTHY, stamp_of(publication))
+    assert (fleet.pids, fleet.num_restarts) == (pids, restarts)
+    assert_same(fleet.generate(requests), expected)
+
+
+def test_a_replica_killed_while_it_stages_does_not_stop_the_others(fleet, publish):
+    victim, survivor = fleet.pids
+    os.kill(victim, signal.SIGSTOP)  # it is staging from the beginning of the push to its end
+    killer = threading.Timer(1.0, os.kill, (victim, signal.SIGKILL))
+    killer.start()
+    publication = publish(OLD)
+    fleet.push(publication)
+    killer.join()
+    assert fleet.states == (ReplicaState(Health.HEALTHY, stamp_of(publication)),) * 2
+    assert victim not in fleet.pids
+    assert fleet.pids[1] == survivor
+    requests = requests_of(4, 1)
+    expected = engine_with(OLD, publication.version).generate(requests)
+    assert_same(fleet.generate(requests), expected)
+
+
+def test_after_the_trainer_a_lost_replica_is_replaced_from_its_peer(fleet, tmp_path):
+    publisher = Publisher(
+        canonical_layout(TINY), 0, torch.float32, run_id="mortal", arena_dir=tmp_path
+    )
+    publication = Publication.assemble([publisher.publish(fleet.version + 1, NEW)])
+    fleet.push(publication)
+    publisher.close()
+    assert list(tmp_path.iterdir()) == []
+    os.kill(fleet.pids[0], signal.SIGKILL)
+    requests = requests_of(6, 2)
+    expected = engine_with(NEW, publication.version).generate(requests)
+    assert_same(fleet.generate(requests), expected)
+    assert_same(fleet.generate(requests), expected)
+    assert fleet.states == (ReplicaState(Health.HEALTHY, stamp_of(publication)),) * 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_silent_replica_is_given_up_and_too_many_losses_end_the_fleet(cluster, publish):
