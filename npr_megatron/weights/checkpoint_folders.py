@@ -29,8 +29,10 @@ HF_FOLDER = "hf"
 """Inside a ``torch_dist`` folder: config.json and tokenizer files."""
 BACKEND_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
-_POINTERS = {"latest": "{}", "latest_checkpointed_iteration.txt": "iter_{:0>7}"}
-"""Files by which a trainer names its newest checkpoint, and how they name it."""
+_POINTERS = ("latest", "latest_checkpointed_iteration.txt")
+"""Files by which our trainer, and Megatron's, name their newest checkpoint."""
+_WRAPPERS = ("module.", "model.")
+"""What frameworks around Megatron put before its keys."""
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -66,7 +68,8 @@ def examine_checkpoint(
                 "architecture it has with --hf HF_FOLDER"
             )
         model = read_architecture(hf_folder)
-        tensors, problems = find_torch_dist_tensors(folder)
+        found, problems = find_torch_dist_tensors(folder)
+        tensors = _unwrapped(found)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         layout = megatron_checkpoint_layout(model, form_found(model, shapes))
     elif (folder / "config.json").exists():
@@ -104,10 +107,19 @@ def is_torch_dist(folder: Path) -> bool:
 
 def _newest(path: Path) -> Path:
     """Return the checkpoint that a trainer's folder of checkpoints points to, or ``path``."""
-    for pointer, spelling in _POINTERS.items():
+    for pointer in _POINTERS:
         if (path / pointer).is_file():
-            return path / spelling.format((path / pointer).read_text().strip())
+            name = (path / pointer).read_text().strip()
+            return path / (f"iter_{name:0>7}" if name.isdigit() else name)
     return path
+
+
+def _unwrapped(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return ``tensors`` by Megatron's own keys."""
+    for wrapper in _WRAPPERS:
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            return {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    return dict(tensors)
 
 
 def _hf_layout(model: ModelConfig, tensors: Mapping[str, StoredTensor]) -> Layout:

@@ -143,7 +143,6 @@ class Conversion:
         if self.is_complete:
             report(Progress(self.num_bytes, self.num_bytes))
             return
-        request.target.parent.mkdir(parents=True, exist_ok=True)
         with Journal(request.target, self._id) as journal:
             try:
                 self._run(journal, report)
@@ -275,10 +274,11 @@ def _fingerprint(request: Request, source: StoredCheckpoint) -> str:
 
 def _is_complete(target: Path, conversion: str) -> bool:
     """Return whether ``target`` is what this very conversion wrote."""
-    checksums = target / CHECKSUMS_FILE
-    if not checksums.exists():
+    try:
+        found = json.loads((target / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    return json.loads(checksums.read_text(encoding="utf-8")).get("conversion") == conversion
+    return isinstance(found, dict) and found.get("conversion") == conversion
 
 
 def _copy_companions(source: Path, target: Path, dtype: str | None) -> None:

@@ -38,6 +38,7 @@ class Journal:
         self.folder = target.with_name(f".{target.name}.partial")
         self._path = target.with_name(f".{target.name}.partial.jsonl")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -82,7 +83,10 @@ class Journal:
         for line in self._path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
-            lines.append(json.loads(line))
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
             size += len(line)
         os.ftruncate(self._descriptor, size)
         return lines

@@ -15,7 +15,9 @@ from npr_megatron.weights.comparison import State, compare, open_side
 from npr_megatron.weights.layout import trainer_layout
 from npr_megatron.weights.storages import empty_storages, load_tiles
 from tests.distributed.harness import run_ranks
+from tests.distributed.jobs import Job, train
 from tests.distributed.live_models import build_chunks
+from tests.distributed.samples import step_batches
 from tests.unit.weights.folders import MODELS, QWEN3, UNTIED, convert, write_hf_folder
 
 TIED = QWEN3.model_copy(update={"vocab_size": 64})
@@ -142,6 +144,22 @@ def test_our_chunks_are_those_that_megatron_writes(name, exchanged):
     ours = {(chunk.storage, chunk.box) for group in groups for chunk in group}
     theirs = {(t.name, chunk.box) for t in saved.tensors.values() for chunk in t.chunks}
     assert ours == theirs
+
+
+def test_a_checkpoint_of_our_trainer_is_what_it_exports(hf_folder, tmp_path):
+    job = Job(
+        hf_folder=hf_folder,
+        parallel=ParallelConfig(tp_size=2),
+        batches=step_batches("sft", 1),
+        save_to=tmp_path / "checkpoints",
+        export_to=tmp_path / "exported",
+    )
+    run_ranks(train, 2, tmp_path, job)
+    saved = open_side(tmp_path / "checkpoints", hf_folder)
+    found = compare(saved, open_side(tmp_path / "exported", None), lambda progress: None)
+    assert {comparison.state for comparison in found} == {State.EQUAL}
+    found = compare(saved, open_side(hf_folder, None), lambda progress: None)
+    assert {comparison.state for comparison in found} == {State.DIFFERENT}, "nothing was trained"
 
 
 def test_a_converted_back_checkpoint_of_megatron_is_the_original(exchanged, tmp_path):

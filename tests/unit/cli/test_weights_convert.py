@@ -192,6 +192,12 @@ def test_two_conversions_to_one_target_are_refused(small, tmp_path):
         convert(small, tmp_path / "target")
 
 
+def test_a_place_that_cannot_be_written_to_is_named(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFault, match="file cannot be written to"):
+        convert(small, tmp_path / "file" / "target")
+
+
 def test_too_little_room_is_told_before_anything_is_written(small, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "npr_megatron.weights.conversion.shutil.disk_usage", lambda path: _Room(free=1000)

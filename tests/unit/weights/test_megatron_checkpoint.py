@@ -244,6 +244,40 @@ def test_metadata_that_would_run_code_is_refused(megatron_folder, tmp_path):
     assert not (tmp_path / "hacked").exists()
 
 
+@pytest.mark.parametrize(
+    ("pointer", "text", "name"),
+    [
+        ("latest", "step-00000012", "step-00000012"),
+        ("latest_checkpointed_iteration.txt", "12\n", "iter_0000012"),
+        ("latest_checkpointed_iteration.txt", "release", "release"),
+    ],
+)
+def test_a_folder_of_checkpoints_stands_for_its_newest(
+    pointer, text, name, megatron_folder, tmp_path
+):
+    (tmp_path / pointer).write_text(text)
+    shutil.copytree(megatron_folder, tmp_path / name)
+    assert open_checkpoint(tmp_path).path == tmp_path / name
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_keys_behind_a_wrapper_are_found_and_an_optimizer_is_passed_over(megatron_folder, tmp_path):
+    state = {
+        storage.name: torch.zeros(storage.shape)
+        for storage in megatron_checkpoint_layout(QWEN3).ranks[0].storages
+    }
+    dcp.load(state, checkpoint_id=megatron_folder, no_dist=True)
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    wrapped["optimizer.state.exp_avg.decoder.final_layernorm.weight"] = torch.ones(32)
+    dcp.save(wrapped, checkpoint_id=tmp_path / "wrapped", no_dist=True)
+    shutil.copy(megatron_folder / "metadata.json", tmp_path / "wrapped")
+    found = open_checkpoint(tmp_path / "wrapped", megatron_folder / "hf")
+    for name, tensor in state.items():
+        into = torch.empty(tensor.shape)
+        found.read(0, name, Box((0,) * tensor.dim(), tuple(tensor.shape)), into)
+        assert torch.equal(into, tensor)
+
+
 def test_what_is_no_checkpoint_is_refused(megatron_folder, tmp_path):
     with pytest.raises(InputError, match=r"neither config\.json .* nor metadata\.json"):
         open_checkpoint(tmp_path)
