@@ -38,19 +38,22 @@ def payload(dtype: torch.dtype):
 
 
 CASES = (
-    (torch.int64, 2**20),  # everything in one message
-    (torch.bfloat16, 100),  # many messages, rows cut off large copies
-    (torch.float32, 1),  # one row a message
+    (torch.int64, 2**20, None),  # everything in one message
+    (torch.bfloat16, 100, None),  # many messages, rows cut off large copies
+    (torch.float32, 1, None),  # one row a message
+    (torch.int64, 300, (0, 0, 0, 0)),  # engine ranks of one node share what several of them want
 )
+"""Dtype, message size, node of each engine rank."""
 
 
 def push(rank: int, world_size: int, init_method: str):
     """Exchange as process ``rank``; return per case what each target rank held here received."""
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
     target = engine_layout(MODEL, ENGINE_TP)
-    plan = plan_transfer(trainer_layout(MODEL, PARALLEL), target)
     received = []
-    for dtype, message_bytes in CASES:
+    for dtype, message_bytes, nodes in CASES:
+        plan = plan_transfer(trainer_layout(MODEL, PARALLEL), target, target_nodes=nodes)
+        assert (nodes is None) == (plan.shares == ())
         held = trainer_storages(MODEL, PARALLEL, payload(dtype))
         targets = {
             number: empty_storages(target.ranks[number], dtype)
@@ -75,7 +78,7 @@ def push(rank: int, world_size: int, init_method: str):
 
 def test_every_element_arrives_over_gloo_in_messages_of_any_size(tmp_path):
     by_process = run_ranks(push, 3, tmp_path)
-    for case, (dtype, _) in enumerate(CASES):
+    for case, (dtype, _, _) in enumerate(CASES):
         received = {n: held for process in by_process for n, held in process[case].items()}
         expected = engine_storages(MODEL, ENGINE_TP, payload(dtype))
         assert num_different([received[n] for n in range(ENGINE_TP)], expected) == 0
