@@ -163,7 +163,7 @@ def disagree(rank: int, world_size: int, init_method: str, about: str):
         version = ServedVersion(7, 8)
     elif rank == 0:
         plan = replace(PLAN, target_id="f" * 64)
-    process = Process(rank, plan, timeout_s=1.0)
+    process = Process(rank, plan, timeout_s=10.0)
     try:
         process.push(version, weights_at(0))
     except (StaleWeightsError, EnvironmentFault) as error:
@@ -231,11 +231,12 @@ def test_a_rank_that_gets_all_from_its_neighbour_gets_deltas_too(tmp_path):
 def wait_for_a_stuck_peer(rank: int, world_size: int, init_method: str):
     """Process 0 never sends; return how the others learn of it, and after how long."""
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
+    process = Process(rank, timeout_s=0.5)
+    process.chain.confirm(ServedVersion(0, 0))
+    dist.barrier()
     if rank == 0:
         time.sleep(1.5)
         return None
-    process = Process(rank, timeout_s=0.5)
-    process.chain.confirm(ServedVersion(0, 0))
     started = time.monotonic()
     with pytest.raises(EnvironmentFault):
         process.push(ServedVersion(1, 1), weights_at(0))
