@@ -79,7 +79,7 @@ class Replica:
     def __init__(self, spec: ReplicaSpec) -> None:
         self._spec = spec
         self._changed = threading.Condition()
-        self._commands: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._commands: deque[tuple[Callable[[], None], Future[int]]] = deque()
         self._unfinished: set[str] = set()
         self._finished: list[Trajectory] = []
         self._num_steps = 0
@@ -135,15 +135,7 @@ class Replica:
         Returns:
             Steps that ended while the order waited: 0, or 1 if one was being computed.
         """
-        arrived_at = executed_at = self._num_steps
-
-        def swap() -> None:
-            nonlocal executed_at
-            executed_at = self._num_steps
-            self._holding.commit(stamp, term)
-
-        self._between_steps(swap)
-        return executed_at - arrived_at
+        return self._between_steps(lambda: self._holding.commit(stamp, term))
 
     def drop_staged(self, stamp: Stamp) -> None:
         """Forget the staged weights if they are ``stamp``."""
@@ -179,15 +171,20 @@ class Replica:
         for request_id in request_ids:
             self._engine.abort(request_id)
 
-    def _between_steps(self, action: Callable[[], None]) -> None:
-        """Have the loop run ``action`` before its next step; return or raise what it does."""
-        done: Future[None] = Future()
+    def _between_steps(self, action: Callable[[], None]) -> int:
+        """Have the loop run ``action`` before its next step; raise what it raises.
+
+        Returns:
+            Steps that ended after ``action`` was queued and before it ran.
+        """
+        done: Future[int] = Future()
         with self._changed:
             if self._failure is not None:
                 raise self._failure
+            arrived_at = self._num_steps
             self._commands.append((action, done))
             self._changed.notify_all()
-        done.result()
+        return done.result() - arrived_at
 
     def _run(self) -> None:
         try:
@@ -213,7 +210,7 @@ class Replica:
             except NprError as error:
                 done.set_exception(error)
             else:
-                done.set_result(None)
+                done.set_result(self._num_steps)
             self._commands.popleft()
 
     def _step(self) -> None:
