@@ -41,7 +41,7 @@ def engine_with(weights: Mapping[str, torch.Tensor], version: int) -> Engine:
     """An engine in this process: the oracle of what a fleet must answer."""
     engine = Engine(TINY, EngineConfig(), SMALL)
     plan = plan_transfer(canonical_layout(TINY), engine_layout(TINY))
-    execute(plan, [weights], [engine.staging()])
+    execute(plan, {0: weights}, {0: engine.staging()})
     engine.commit(version)
     return engine
 
