@@ -192,12 +192,11 @@ def _gloo_process(rank: int, model: ModelConfig, repeats: int, folder: str, answ
             target_processes=[1] * engine_tp,
             dtype=BF16,
             process_group=dist.group.WORLD,
-            message_bytes=MESSAGE_BYTES,
         )
         by_plan = partial(transfer.run, held, staging, timeout_s=60)
         in_parts = partial(_send_flat, flat.split(MESSAGE_BYTES), rank)
         in_one = partial(_send_flat, [flat], rank)
-        plan_s, parts_s, whole_s = bests((by_plan, in_parts, in_one), repeats, step_s)
+        plan_s, parts_s, whole_s = bests((by_plan, in_parts, in_one), 2 * repeats, step_s)
         found[f"TP{trainer_tp}->TP{engine_tp}"] = {
             "ratio": parts_s / plan_s,
             "parts_gbs": flat.nbytes / parts_s / 1e9,

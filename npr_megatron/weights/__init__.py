@@ -11,7 +11,9 @@
     quantise               the arithmetic of FP8 blocks
     source_quantiser       each source rank writes its own served bytes
     delta, delta_chain     what changed since a version, for those who hold that version
-    arena, executors       bytes: inside a process, through shared memory, over gloo
+    slots, arena           versions in memory, and in a file of shared memory
+    executors              bytes: in a process, through shared memory, a GPU or a disk, over process
+                           groups, along chains of engines
 
 Whoever moves weights names two layouts; a new parallelism, engine or file format is a new
 declaration, a new transport is a new executor. Nothing is served on trust: what arrives is digested

@@ -39,7 +39,7 @@ def exchange(
     dtype: torch.dtype,
     process_group: dist.ProcessGroup,
     timeout_s: float,
-    message_bytes: int = 16 * 2**20,
+    message_bytes: int = 32 * 2**20,
 ) -> None:
     """Fill this process's target storages once; as ``Exchange``, whose arguments these are."""
     Exchange(
@@ -63,7 +63,7 @@ class Exchange:
         target_processes: Sequence[int],
         dtype: torch.dtype,
         process_group: dist.ProcessGroup,
-        message_bytes: int = 16 * 2**20,
+        message_bytes: int = 32 * 2**20,
     ) -> None:
         """Derive the messages of this process; touches no other one.
 
