@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -26,7 +28,8 @@ def push(rank: int, world_size: int, init_method: str, topologies: list[Topology
     """Exchange every topology; return the plans' ids and in which ones elements differ here."""
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
     plan_ids, wrong = [], []
-    for number, topology in enumerate(topologies):
+    for number, drawn in enumerate(topologies):
+        topology = replace(drawn)  # a fresh object: thousands of layouts would stay in memory
         nodes = nodes_of(topology, number)
         plan = plan_transfer(topology.source, topology.target, target_nodes=nodes)
         plan_ids.append(plan.plan_id)
