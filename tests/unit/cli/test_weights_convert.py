@@ -149,19 +149,19 @@ def parts_done(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[1:] if line.endswith(b"\n")]
 
 
-def test_finished_files_that_changed_and_torn_lines_are_not_trusted(small, tmp_path):
+def test_finished_files_that_changed_and_torn_lines_are_not_trusted(small, tmp_path, server):
     target = tmp_path / "target"
-    request = Request(source=small, target=target)
-    with pytest.raises(KeyboardInterrupt):
-        Conversion(request).run(stop_at(100_000))
-    convert(small, tmp_path / "whole")
-    partial, journal = tmp_path / ".target.partial", tmp_path / ".target.partial.jsonl"
-    for part in sorted((tmp_path / "whole").glob("*.distcp")):
-        (partial / part.name).write_bytes(part.read_bytes())
-    first = json.loads(journal.read_text().splitlines()[0])
-    entry = {"file": "__0_0.distcp", "bytes": 5, "crc32": 7, "entries": []}
-    journal.write_text(f'{json.dumps(first)}\n{json.dumps(entry)}\n{{"file": "__1_0.di')
-    Conversion(request).run(lambda progress: None)
+    arguments = ("weights", "convert", small, target, "--pp", 2)
+    server.run(*arguments, dies_at_byte=180_000)
+    assert [line["file"] for line in parts_done(tmp_path)] == ["__0_0.distcp"]
+    part, journal = tmp_path / ".target.partial/__0_0.distcp", tmp_path / ".target.partial.jsonl"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with journal.open("a") as file:
+        file.write('{"file": "__1_0.distcp", "bytes": ')
+    assert server.run(*arguments).status == 0
+    assert server.run("weights", "verify", target).status == 0
     assert same_bits(hf_tensors(convert(target, tmp_path / "back")), hf_tensors(small))
 
 

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from npr_megatron.config.training import ParallelConfig
+from npr_megatron.errors import StaleWeightsError
 from npr_megatron.weights.executors.shared_memory import Publisher
 from npr_megatron.weights.hf import read_hf
 from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.live_run import LiveRun
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.storages import empty_storages, load_tiles
 from tests.unit.weights.folders import MODELS, QWEN3, UNTIED, convert, hf_tensors, write_hf_folder
@@ -61,6 +63,17 @@ def test_differences_are_listed_in_the_order_of_the_forward_pass(npr, source, tm
     table = npr("weights", "diff", str(there), str(source)).out
     assert table.index(NORM) < table.index(K_PROJ)
     assert "[5, 7]" in table
+
+
+def test_bands_do_not_show(npr, source, tmp_path, monkeypatch):
+    there = convert(source, tmp_path / "there")
+    old = hf_tensors(source)[K_PROJ]
+    changed(source, K_PROJ, (slice(5, 9), 7), old[5:9, 7] + 2)
+    arguments = ["weights", "diff", str(source), str(there), "--json"]
+    expected = json.loads(npr(*arguments).out)
+    monkeypatch.setattr("npr_megatron.weights.comparison.BAND_BYTES", 3 * 4 * 32)
+    assert json.loads(npr(*arguments).out) == expected
+    assert [p["first"] for p in expected["parameters"] if p["state"] != "equal"] == [[5, 7]]
 
 
 def test_values_in_another_dtype_are_different_bits(npr, source, tmp_path):
@@ -174,3 +187,13 @@ def test_a_run_that_moved_on_or_holds_something_else_is_not_compared(npr, source
     result = npr(*arguments)
     assert result.code == 2
     assert "serves version 0, arena" in result.err
+
+
+def test_a_version_that_was_overwritten_while_it_was_read_is_noticed(run):
+    run.say_served(0, run.push(0).digest)
+    living = LiveRun(run.folder)
+    living.check(None)
+    run.push(1)
+    run.push(2)
+    with pytest.raises(StaleWeightsError, match="version 0 was overwritten while it was read"):
+        living.check(None)

@@ -18,6 +18,7 @@ from npr_megatron.errors import InputError, LayoutError
 from npr_megatron.weights.box import Box
 from npr_megatron.weights.checkpoint_folders import examine_checkpoint, open_checkpoint
 from npr_megatron.weights.chunking import ReaderShape, chunk_groups
+from npr_megatron.weights.gather import Gather
 from npr_megatron.weights.layout import canonical_layout
 from npr_megatron.weights.megatron_checkpoint import form_found, megatron_checkpoint_layout
 from npr_megatron.weights.plan import plan_transfer
@@ -174,6 +175,17 @@ def test_a_padded_vocabulary_is_read_without_its_padding():
     padded = megatron_checkpoint_layout(QWEN3, form_found(QWEN3, shapes))
     assert padded.ranks[0].storages[0].shape == (128, 32)
     assert verify_transfer(plan_transfer(padded, layout), padded, layout) == []
+
+
+def test_padding_is_gathered_as_zeros(tmp_path):
+    shapes = {"embedding.word_embeddings.weight": (128, 32)}
+    padded = megatron_checkpoint_layout(QWEN3, form_found(QWEN3, shapes))
+    source = open_checkpoint(write_hf_folder(tmp_path / "hf", QWEN3))
+    gather = Gather(source, padded)
+    rows = torch.full((20, 32), -1.0)
+    gather.fill("embedding.word_embeddings.weight", Box((60, 0), (80, 32)), rows)
+    embedding = hf_tensors(source.path)["model.embed_tokens.weight"]
+    assert torch.equal(rows, torch.cat([embedding[60:], torch.zeros(10, 32)]))
 
 
 @pytest.mark.parametrize(
