@@ -84,9 +84,10 @@ class TransferPlan:
         """Return the bytes that cross between nodes, ``weight_bytes`` per element not pinned."""
         sizes = self.copy_table.num_bytes(weight_bytes)
         if self.source_nodes is not None:
-            sources = np.array(self.source_nodes)[self.copy_table.source_rank]
-            nodes = range(10**9) if self.target_nodes is None else self.target_nodes
-            sizes = sizes[sources != np.array(nodes)[self.copy_table.target_rank]]
+            here = self.copy_table.target_rank
+            if self.target_nodes is not None:
+                here = np.array(self.target_nodes)[here]
+            sizes = sizes[np.array(self.source_nodes)[self.copy_table.source_rank] != here]
         return int(sizes.sum())
 
     def copies_to(self, target_rank: int) -> tuple[Copy, ...]:

@@ -220,6 +220,7 @@ def test_what_a_node_already_holds_stays_on_it():
     assert verify_transfer(plan, source, target) == []
     assert plan.wire_bytes(2) == 0
     assert {(copy.source_rank, copy.target_rank) for copy in plan.copies} == {(0, 0), (1, 1)}
+    assert plan_transfer(source, target, source_nodes=[0, 1]).wire_bytes(2) == 0  # each its own
     halves = trainer_layout(model, ParallelConfig(tp_size=2))
     half = plan_transfer(halves, target, target_nodes=[0, 1], source_nodes=[0, 7])
     assert verify_transfer(half, halves, target) == []
