@@ -29,7 +29,7 @@ _FOREIGN_WARNINGS = (
     r"`load_state_dict` is deprecated",
     r"Please use DTensor instead",
 )
-_PRELOAD = ["npr_megatron.train.rank", "npr_megatron.rollout.replica"]
+_PRELOAD = ["npr_megatron.train.rank", "tests.chaos.case"]
 
 
 def forks() -> multiprocessing.context.ForkServerContext:
