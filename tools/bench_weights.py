@@ -33,23 +33,23 @@ from rich.console import Console
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.planning.models import model_of
-from npr_megatron.weights.arena import Arena
 from npr_megatron.weights.box import Box
-from npr_megatron.weights.copies import Copy
 from npr_megatron.weights.digest import digest_box
+from npr_megatron.weights.executors.arena import Arena
 from npr_megatron.weights.executors.cuda_ipc import DevicePublisher, DeviceReceiver
 from npr_megatron.weights.executors.disk import DiskReceiver, seal, write_shard
 from npr_megatron.weights.executors.inproc import RankStorages, moves_of, run_moves
 from npr_megatron.weights.executors.point_to_point import InFlight, Transfer
 from npr_megatron.weights.executors.process_group import Exchange
 from npr_megatron.weights.executors.shared_memory import Publisher, Receiver
-from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.plans.copies import Copy
+from npr_megatron.weights.plans.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.proof.verify import verify_transfer
 from npr_megatron.weights.publication import Publication, RankPublication
 from npr_megatron.weights.quantise import quantise
 from npr_megatron.weights.storages import empty_storages
 from npr_megatron.weights.tiles import Layout
-from npr_megatron.weights.verify import verify_transfer
 
 BF16 = torch.bfloat16
 CUTS = ((2, 1), (1, 2), (4, 2), (8, 1))

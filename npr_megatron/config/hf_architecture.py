@@ -158,7 +158,7 @@ def _without_layout(table: Mapping[str, Any], supported: Sequence[str]) -> list[
 
 def _unreadable_quantisation(table: Mapping[str, Any]) -> Any:
     """Return how weights are quantised; None where they are not, or in FP8 blocks, which
-    ``weights.hf`` reads as the numbers they stand for."""
+    ``weights.checkpoints.hf`` reads as the numbers they stand for."""
     found = table.get("quantization_config")
     blockwise = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     is_blockwise = isinstance(found, dict) and found == {**found, **blockwise}

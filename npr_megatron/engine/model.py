@@ -2,7 +2,7 @@
 batch.
 
 Tokens of all requests lie one after another in a flat [T] batch; only attention knows which belongs
-to which (``engine.attention``). Storages are fused and named as ``weights.layout.engine_layout``
+to which (``engine.attention``). Storages are fused and named as ``weights.layouts.engine_layout``
 cuts them, and are written in place for the whole life of the engine, so a view taken once stays
 valid. RMS norms, rotary angles and the final log-softmax are computed in fp32, the rest in the
 dtype of the storages.

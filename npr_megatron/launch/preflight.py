@@ -14,8 +14,8 @@ from npr_megatron.errors import ConfigError
 from npr_megatron.launch.placement import place
 from npr_megatron.launch.probe import Facts, Folder, gather_facts
 from npr_megatron.launch.ray_cluster import OBJECT_STORE_BYTES
-from npr_megatron.weights.arena import arena_bytes
-from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.executors.arena import arena_bytes
+from npr_megatron.weights.layouts import trainer_layout
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MIB = 2**20

@@ -25,7 +25,7 @@ from npr_megatron.errors import ConfigError, EnvironmentFault
 from npr_megatron.records.sample import FloatArray
 from npr_megatron.rollout.actors import Seat, gather_collective
 from npr_megatron.train.step import StepBatch, StepResult
-from npr_megatron.weights.arena import arena_path, remove_arenas
+from npr_megatron.weights.executors.arena import arena_path, remove_arenas
 from npr_megatron.weights.publication import Publication, RankPublication
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """What a rank really holds: storages and tiles read from live Megatron modules.
 
-The counterpart of ``weights.layout.trainer_layout``, which says from the configuration alone what
+The counterpart of ``weights.layouts.trainer_layout``, which says from the configuration alone what
 a rank should hold; the two must agree before anything is loaded, moved or published. So nothing
 here is shared with it beyond tiles and HF names: shapes are those of the tensors, ranks those of
 the process group of the module that owns a tensor, layers and experts are numbered as the modules

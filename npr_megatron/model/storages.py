@@ -1,4 +1,4 @@
-"""The weights a rank holds, under the names that ``weights.layout`` plans with.
+"""The weights a rank holds, under the names that ``weights.layouts`` plans with.
 
 Megatron numbers layers within a model chunk and TransformerEngine spells some weights differently;
 here every weight has the name that the local spec gives it, with the layer's number in the model.

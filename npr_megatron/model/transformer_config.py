@@ -26,7 +26,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron's description of ``model`` laid out as ``parallel``.
 
-    That the sizes divide is the business of ``weights.layout.trainer_layout``.
+    That the sizes divide is the business of ``weights.layouts.trainer_layout``.
     """
     return TransformerConfig(
         num_layers=model.num_hidden_layers,

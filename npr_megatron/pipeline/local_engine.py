@@ -8,8 +8,8 @@ from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.hf_architecture import read_trainable_architecture
 from npr_megatron.engine.engine import Engine
 from npr_megatron.schema.tags import Vocabulary
-from npr_megatron.weights.hf import read_hf
-from npr_megatron.weights.layout import engine_layout
+from npr_megatron.weights.checkpoints.hf import read_hf
+from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.storages import load_tiles
 
 

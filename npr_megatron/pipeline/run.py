@@ -35,8 +35,8 @@ from npr_megatron.report.page import write_page
 from npr_megatron.report.table import stage_table
 from npr_megatron.rewards.reading import Reader
 from npr_megatron.rollout.fleet import Fleet
-from npr_megatron.weights.arena import sweep_dead_arenas
-from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.executors.arena import sweep_dead_arenas
+from npr_megatron.weights.layouts import trainer_layout
 
 
 def run_pipeline(

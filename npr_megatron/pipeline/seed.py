@@ -105,7 +105,7 @@ def _train_phase(
 
 def _random_model(context: RunContext) -> Path:
     """Return the folder of the randomly initialised model, written on first use."""
-    from npr_megatron.weights.hf import random_init, write_hf  # needs torch
+    from npr_megatron.weights.checkpoints.hf import random_init, write_hf  # needs torch
 
     folder = context.folder.stage("seed") / "random"
     section = context.config.model

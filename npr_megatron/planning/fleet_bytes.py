@@ -16,10 +16,10 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.planning.push_request import WEIGHT_BYTES, ServedDtype
 from npr_megatron.planning.push_volume import NodeKind, PushVolume
 from npr_megatron.weights.box import Box
-from npr_megatron.weights.copies import element_bytes
+from npr_megatron.weights.layouts.served import Quantisation
 from npr_megatron.weights.names import canonical_parameters
-from npr_megatron.weights.plan import TransferPlan
-from npr_megatron.weights.served_layout import Quantisation
+from npr_megatron.weights.plans.copies import element_bytes
+from npr_megatron.weights.plans.plan import TransferPlan
 from npr_megatron.weights.tiles import Layout, RankLayout
 
 

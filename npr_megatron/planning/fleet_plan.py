@@ -2,8 +2,8 @@
 
 Engines fill nodes in order. Those that share nodes form a unit and are planned together; all units
 but an incomplete last one are alike, so few plans are made, however large the fleet. Turns around
-the source's replicas, which ``weights.fleet`` adds per unit, leave times as they are: each unit's
-plan is balanced already.
+the source's replicas, which ``weights.plans.fleet`` adds per unit, leave times as they are: the
+plan of each unit is balanced already.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from npr_megatron.planning.fleet_bytes import FleetUnit, count_bytes, held_bytes
 from npr_megatron.planning.push_floor import GB
 from npr_megatron.planning.push_request import WEIGHT_BYTES, PushRequest
 from npr_megatron.planning.push_volume import PushVolume
-from npr_megatron.weights.fleet import FleetTransfer, PlacedEngine
-from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.served_layout import Quantisation, quantised_layout
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.layouts.served import Quantisation, quantised_layout
+from npr_megatron.weights.plans.fleet import FleetTransfer, PlacedEngine
+from npr_megatron.weights.proof.verify import verify_transfer
 from npr_megatron.weights.tiles import Layout
-from npr_megatron.weights.verify import verify_transfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

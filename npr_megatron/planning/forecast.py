@@ -27,7 +27,7 @@ from npr_megatron.planning.push_floor import (
 from npr_megatron.planning.push_request import WEIGHT_BYTES, ServedDtype
 from npr_megatron.planning.push_volume import PushVolume
 from npr_megatron.planning.relays import chain_length, count_roots
-from npr_megatron.weights.copy_table import CopyTable
+from npr_megatron.weights.plans.copy_table import CopyTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from npr_megatron.config.loader import load_run
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import ConfigError
-from npr_megatron.weights.layout_engine import EngineKind
+from npr_megatron.weights.layouts.engine import EngineKind
 
 ServedDtype = Literal["bf16", "fp8", "fp32"]
 WEIGHT_BYTES: dict[ServedDtype, int] = {"bf16": 2, "fp8": 2, "fp32": 4}

@@ -11,7 +11,7 @@ import ray
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.rollout.actors import Seat
 from npr_megatron.rollout.replica import CALL_THREADS, Replica, ReplicaSpec
-from npr_megatron.weights.arena import remove_arenas
+from npr_megatron.weights.executors.arena import remove_arenas
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from npr_megatron.records.trajectory import Trajectory
 from npr_megatron.rollout.health import Stamp
 from npr_megatron.rollout.holding import Holding
 from npr_megatron.schema.tags import Vocabulary
-from npr_megatron.weights.layout import engine_layout
+from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.tiles import Layout
 

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from npr_megatron.config.model import ModelConfig
+from npr_megatron.weights.checkpoints.hf import write_hf
 from npr_megatron.weights.executors.process_group import exchange
-from npr_megatron.weights.hf import write_hf
-from npr_megatron.weights.layout import canonical_layout
-from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.layouts import canonical_layout
+from npr_megatron.weights.plans.plan import plan_transfer
 from npr_megatron.weights.storages import empty_storages
 from npr_megatron.weights.tiles import Layout
 

@@ -33,9 +33,9 @@ from npr_megatron.train.optimizer import build_optimizer, take_step
 from npr_megatron.train.passes import Sums, add_up, backward_losses, forward_logprobs
 from npr_megatron.train.schedule import learning_rate
 from npr_megatron.train.step import StepBatch, StepResult, check_microbatches
+from npr_megatron.weights.checkpoints.hf import read_hf
 from npr_megatron.weights.executors.shared_memory import Publisher
-from npr_megatron.weights.hf import read_hf
-from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.layouts import trainer_layout
 from npr_megatron.weights.publication import RankPublication
 from npr_megatron.weights.storages import load_tiles
 
@@ -72,7 +72,7 @@ class TrainerRank:
         Raises:
             ConfigError: the number of ranks is not what ``parallel`` asks for.
             LayoutError: the model cannot be laid out as ``parallel`` asks, or what Megatron built
-                is not what ``weights.layout`` plans with; lists every difference.
+                is not what ``weights.layouts`` plans with; lists every difference.
         """
         self._model, self._parallel, self._trainer = model, parallel, trainer
         self._run_id, self._arena_dir = run_id, arena_dir
@@ -95,7 +95,7 @@ class TrainerRank:
 
     @property
     def storages(self) -> dict[str, torch.Tensor]:
-        """This rank's live weights, named and shaped as ``weights.layout.trainer_layout`` plans."""
+        """This rank's live weights, as ``weights.layouts.trainer_layout`` names and shapes them."""
         return self._storages
 
     def load_hf(self, path: str | Path) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from npr_megatron.errors import StaleWeightsError
 from npr_megatron.weights.box import Index
-from npr_megatron.weights.copies import Copy
+from npr_megatron.weights.plans.copies import Copy
 
 Storages = Mapping[int, Mapping[str, Tensor]]
 """By layout rank and name."""

@@ -12,7 +12,7 @@ rounded one, hence the CPU and CUDA give equal bytes; multiplying by ``1 / s`` w
 A block of zeros has scale 1 (not 0, which would divide 0 by 0). Scales are kept out of the
 subnormal numbers, because not every kernel that multiplies by them keeps those.
 
-Deliberately not here: who holds which part of a block (``weights.served_layout``), and the exchange
+Deliberately not here: who holds which part of a block (``layouts.served``), and the exchange
 of amax between them (``weights.source_quantiser``).
 """
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from npr_megatron.weights.box import Index
-from npr_megatron.weights.served_layout import ScaleRule
+from npr_megatron.weights.layouts.served import ScaleRule
 
 QUANTISED = torch.float8_e4m3fn
 LARGEST = 448.0

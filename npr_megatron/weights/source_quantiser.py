@@ -21,8 +21,7 @@ from torch import Tensor
 
 from npr_megatron.errors import DivergenceError, EnvironmentFault
 from npr_megatron.weights.box import Box, Index
-from npr_megatron.weights.quantise import block_amax, block_scales, quantise_blocks
-from npr_megatron.weights.served_layout import (
+from npr_megatron.weights.layouts.served import (
     Quantisation,
     ScaleRule,
     SharedBlocks,
@@ -30,6 +29,7 @@ from npr_megatron.weights.served_layout import (
     straddling_blocks,
     touched_blocks,
 )
+from npr_megatron.weights.quantise import block_amax, block_scales, quantise_blocks
 from npr_megatron.weights.storages import check_storages, tile_view
 from npr_megatron.weights.tiles import Layout, RankLayout, Tile
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from npr_megatron.records.trajectory import Trajectory
 from npr_megatron.rollout.push import Swap
-from npr_megatron.weights.arena import arena_path, sweep_dead_arenas
+from npr_megatron.weights.executors.arena import arena_path, sweep_dead_arenas
 from tests.chaos.coordinator import coordinator_process
 from tests.chaos.faults import Blow, Fault, Victim, blows_of
 from tests.chaos.lines import Gone, Late, call, until

@@ -16,9 +16,9 @@ from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import InitConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.rollout.replica import Replica, ReplicaSpec
+from npr_megatron.weights.checkpoints.hf import random_init
 from npr_megatron.weights.executors.shared_memory import Publisher
-from npr_megatron.weights.hf import random_init
-from npr_megatron.weights.layout import engine_layout, trainer_layout
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.publication import RankPublication
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
 from npr_megatron.weights.tiles import Layout

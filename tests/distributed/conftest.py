@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from npr_megatron.config.model import InitConfig, ModelConfig
-from npr_megatron.weights.hf import random_init, write_hf
+from npr_megatron.weights.checkpoints.hf import random_init, write_hf
 from tests.distributed.jobs import MODEL
 
 

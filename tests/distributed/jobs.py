@@ -11,7 +11,7 @@ import numpy as np
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import OptimizerConfig, ParallelConfig, TrainerConfig
 from npr_megatron.train.step import StepBatch, StepResult
-from npr_megatron.weights.layout import engine_layout, trainer_layout
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.names import canonical_parameters
 from npr_megatron.weights.storages import empty_storages
 
@@ -126,8 +126,8 @@ def gradients(rank: int, world_size: int, init_method: str, job: Job) -> dict[st
     from npr_megatron.runtime import process_group
     from npr_megatron.runtime.device import device_scope
     from npr_megatron.train.passes import backward_losses
-    from npr_megatron.weights.hf import read_hf
-    from npr_megatron.weights.layout import trainer_layout
+    from npr_megatron.weights.checkpoints.hf import read_hf
+    from npr_megatron.weights.layouts import trainer_layout
     from npr_megatron.weights.storages import load_tiles
 
     info = process_group.RankInfo(rank=rank, world_size=world_size, init_method=init_method)

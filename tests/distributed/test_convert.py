@@ -10,9 +10,9 @@ import torch
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.weights.chunking import ReaderShape, chunk_groups
-from npr_megatron.weights.comparison import State, compare, open_side
-from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.checkpoints.chunking import ReaderShape, chunk_groups
+from npr_megatron.weights.checkpoints.comparison import State, compare, open_side
+from npr_megatron.weights.layouts import trainer_layout
 from npr_megatron.weights.storages import empty_storages, load_tiles
 from tests.distributed.harness import run_ranks
 from tests.distributed.jobs import Job, train
@@ -72,7 +72,7 @@ def _load_and_save(rank, world_size, init_method, each):
 
     from npr_megatron.model.storages import stage_storages
     from npr_megatron.runtime import process_group
-    from npr_megatron.weights.hf import read_hf
+    from npr_megatron.weights.checkpoints.hf import read_hf
 
     info = process_group.RankInfo(
         rank=rank,

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from npr_megatron.config.model import InitConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import EnvironmentFault, StaleWeightsError
+from npr_megatron.weights.checkpoints.hf import random_init
 from npr_megatron.weights.delta_chain import Baseline, Chain, ServedVersion
 from npr_megatron.weights.digest import Census, digests
 from npr_megatron.weights.executors.delta import DeltaExchange, Receiving, Sending
-from npr_megatron.weights.hf import random_init
-from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
-from npr_megatron.weights.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.layouts import canonical_layout, engine_layout, trainer_layout
+from npr_megatron.weights.plans.plan import TransferPlan, plan_transfer
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
 from npr_megatron.weights.tiles import Layout
 from tests.distributed.harness import run_ranks

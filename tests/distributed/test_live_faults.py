@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from npr_megatron.errors import LayoutError
-from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.layouts import trainer_layout
 from npr_megatron.weights.tiles import RankLayout
 from tests.distributed.harness import run_ranks
 from tests.distributed.live_models import Case

@@ -7,7 +7,7 @@ import pytest
 from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import LayoutError
-from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.layouts import trainer_layout
 from npr_megatron.weights.storages import box_reader, load_tiles
 from npr_megatron.weights.tiles import RankLayout
 from tests.distributed.harness import run_ranks

@@ -11,21 +11,21 @@ import torch.distributed as dist
 from npr_megatron.config.model import InitConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import DivergenceError
+from npr_megatron.weights.checkpoints.hf import random_init
 from npr_megatron.weights.delta_chain import Baseline, Chain, ServedVersion
 from npr_megatron.weights.digest import Census, digests
 from npr_megatron.weights.executors.delta import DeltaExchange, Receiving, Sending
 from npr_megatron.weights.executors.shared_memory import Publisher, Receiver
-from npr_megatron.weights.hf import random_init
-from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
-from npr_megatron.weights.plan import plan_transfer
-from npr_megatron.weights.publication import Publication
-from npr_megatron.weights.quantise import quantise
-from npr_megatron.weights.served_layout import (
+from npr_megatron.weights.layouts import canonical_layout, engine_layout, trainer_layout
+from npr_megatron.weights.layouts.served import (
     Quantisation,
     quantised_layout,
     scales_of,
     straddling_blocks,
 )
+from npr_megatron.weights.plans.plan import plan_transfer
+from npr_megatron.weights.publication import Publication
+from npr_megatron.weights.quantise import quantise
 from npr_megatron.weights.source_quantiser import SourceQuantiser, all_max_over
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
 from tests.distributed.harness import run_ranks

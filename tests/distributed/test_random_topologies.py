@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from npr_megatron.weights.executors.process_group import exchange
-from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.plans.plan import plan_transfer
 from npr_megatron.weights.storages import empty_storages
 from tests.distributed.harness import run_ranks
 from tests.unit.weights.oracles import (

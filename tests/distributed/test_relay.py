@@ -11,7 +11,7 @@ import torch.distributed as dist
 from npr_megatron.errors import EnvironmentFault
 from npr_megatron.weights.digest import Census
 from npr_megatron.weights.executors.relay import Link, Relay
-from npr_megatron.weights.layout import engine_layout
+from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.storages import empty_storages
 from tests.distributed.harness import run_ranks
 from tests.unit.weights.oracles import element_ids, engine_storages, tiny_model

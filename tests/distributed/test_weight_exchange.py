@@ -12,8 +12,8 @@ from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import EnvironmentFault
 from npr_megatron.weights.box import Box
 from npr_megatron.weights.executors.process_group import exchange
-from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.plans.plan import plan_transfer
 from npr_megatron.weights.storages import empty_storages
 from npr_megatron.weights.tiles import Layout, Storage, Tile, rank_of
 from tests.distributed.harness import run_ranks

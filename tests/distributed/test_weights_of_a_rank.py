@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import LayoutError
-from npr_megatron.weights.layout import engine_layout, trainer_layout
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.storages import box_reader, check_storages, empty_storages, load_tiles
 from tests.distributed.harness import run_ranks
 from tests.distributed.jobs import MODEL, Job, train

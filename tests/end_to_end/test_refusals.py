@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from npr_megatron.config.loader import load_run
-from npr_megatron.weights.hf import hf_config
+from npr_megatron.weights.checkpoints.hf import hf_config
 from tests.end_to_end.runs import (
     GPU_EXAMPLE,
     ON_A_LAPTOP,

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from npr_megatron.config.hf_architecture import read_architecture
 from npr_megatron.config.model import ModelConfig, MoeConfig
-from npr_megatron.weights.hf import read_hf, write_hf
-from npr_megatron.weights.layout import canonical_layout
+from npr_megatron.weights.checkpoints.hf import read_hf, write_hf
+from npr_megatron.weights.layouts import canonical_layout
 from npr_megatron.weights.names import canonical_parameters
 from npr_megatron.weights.storages import empty_storages, load_tiles
 

@@ -17,7 +17,7 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.data.packing import pack
 from npr_megatron.records.sample import PackedBatch
-from npr_megatron.weights.hf import write_hf
+from npr_megatron.weights.checkpoints.hf import write_hf
 from tests.distributed.harness import run_ranks
 from tests.distributed.samples import branched_sample
 from tests.parity.test_export_hf import MODELS, random_tensors
@@ -50,8 +50,8 @@ def forward(rank, world_size, init_method, jobs: list[Forward]):
     from npr_megatron.model.storages import stage_storages
     from npr_megatron.runtime import process_group
     from npr_megatron.runtime.device import device_scope
-    from npr_megatron.weights.hf import read_hf
-    from npr_megatron.weights.layout import trainer_layout
+    from npr_megatron.weights.checkpoints.hf import read_hf
+    from npr_megatron.weights.layouts import trainer_layout
     from npr_megatron.weights.storages import load_tiles
     from tests.distributed.live_models import build_chunks
 

@@ -10,12 +10,12 @@ import torch
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig, TrainerConfig
+from npr_megatron.weights.checkpoints.hf import read_hf, write_hf
 from npr_megatron.weights.executors.inproc import execute
-from npr_megatron.weights.hf import read_hf, write_hf
-from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
+from npr_megatron.weights.layouts import canonical_layout, engine_layout, trainer_layout
+from npr_megatron.weights.layouts.served import Quantisation, quantised_layout
 from npr_megatron.weights.names import canonical_parameters
-from npr_megatron.weights.plan import plan_transfer
-from npr_megatron.weights.served_layout import Quantisation, quantised_layout
+from npr_megatron.weights.plans.plan import plan_transfer
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
 from npr_megatron.weights.tiles import Layout
 from tests.distributed.harness import run_ranks

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from npr_megatron.weights.hf import write_hf
-from npr_megatron.weights.layout import engine_layout
+from npr_megatron.weights.checkpoints.hf import write_hf
+from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
 from tests.parity.test_export_hf import MODELS, random_tensors
 

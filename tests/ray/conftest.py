@@ -12,11 +12,11 @@ from npr_megatron.config.training import ParallelConfig
 from npr_megatron.engine.engine import Engine
 from npr_megatron.launch.placement import place
 from npr_megatron.launch.ray_cluster import RayCluster
+from npr_megatron.weights.checkpoints.hf import random_init
 from npr_megatron.weights.executors.inproc import execute
 from npr_megatron.weights.executors.shared_memory import Publisher
-from npr_megatron.weights.hf import random_init
-from npr_megatron.weights.layout import canonical_layout, engine_layout
-from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.layouts import canonical_layout, engine_layout
+from npr_megatron.weights.plans.plan import plan_transfer
 from npr_megatron.weights.publication import Publication
 from tests.engines import TINY
 from tests.structures import SMALL

@@ -20,7 +20,7 @@ from npr_megatron.records.trajectory import DecodeMode, Trajectory
 from npr_megatron.rollout.fleet import Fleet
 from npr_megatron.rollout.health import Health, ReplicaState, Stamp
 from npr_megatron.weights.executors.shared_memory import Publisher
-from npr_megatron.weights.layout import canonical_layout
+from npr_megatron.weights.layouts import canonical_layout
 from npr_megatron.weights.publication import Publication
 from tests.engines import TINY, request_for
 from tests.ray.conftest import engine_with, made_up_weights

@@ -19,9 +19,9 @@ from npr_megatron.launch.trainers import TrainerGroup
 from npr_megatron.records.trajectory import DecodeMode, Trajectory
 from npr_megatron.rollout.fleet import Fleet
 from npr_megatron.train.step import StepBatch
+from npr_megatron.weights.checkpoints.hf import read_hf, write_hf
 from npr_megatron.weights.executors.shared_memory import Receiver
-from npr_megatron.weights.hf import read_hf, write_hf
-from npr_megatron.weights.layout import engine_layout, trainer_layout
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.storages import empty_storages, load_tiles
 from tests.engines import TINY, request_for
 from tests.ray.conftest import PARALLEL, made_up_weights

@@ -62,8 +62,8 @@ def convert(
 
       npr weights convert checkpoints/step-00000012 models/trained --hf models/Qwen3-4B
     """
-    from npr_megatron.weights.chunking import ReaderShape
-    from npr_megatron.weights.conversion import Conversion, Request
+    from npr_megatron.weights.checkpoints.chunking import ReaderShape
+    from npr_megatron.weights.checkpoints.conversion import Conversion, Request
 
     conversion = Conversion(
         Request(

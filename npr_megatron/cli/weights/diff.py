@@ -16,7 +16,7 @@ from npr_megatron.cli.weights.convert import HfFolder
 from npr_megatron.cli.weights.progress import progress_bar
 
 if TYPE_CHECKING:
-    from npr_megatron.weights.comparison import Comparison
+    from npr_megatron.weights.checkpoints.comparison import Comparison
 
 
 def diff(
@@ -38,7 +38,7 @@ def diff(
 
       npr weights diff models/Qwen3-4B-tags runs/quickstart-seed0
     """
-    from npr_megatron.weights.comparison import State, compare, open_side, total_digests
+    from npr_megatron.weights.checkpoints.comparison import State, compare, open_side, total_digests
 
     with interruptible("nothing was changed"):
         side_a, side_b = (open_side(path, hf) for path in (a, b))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from npr_megatron.weights.progress import Report
+from npr_megatron.weights.checkpoints.progress import Report
 
 
 @contextmanager

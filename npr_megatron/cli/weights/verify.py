@@ -30,7 +30,7 @@ def verify(
 
       npr weights verify checkpoints/step-00000012 --hf models/Qwen3-4B
     """
-    from npr_megatron.weights.inspection import inspect_checkpoint
+    from npr_megatron.weights.checkpoints.inspection import inspect_checkpoint
 
     with interruptible("nothing was changed"), progress_bar(str(path)) as report:
         finding = inspect_checkpoint(path, hf, report)

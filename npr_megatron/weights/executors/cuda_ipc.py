@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from npr_megatron.errors import EnvironmentFault, StaleWeightsError
+from npr_megatron.weights.executors.slots import Slots, slot_bytes
 from npr_megatron.weights.executors.versions import Fill, VersionReader, VersionWriter
 from npr_megatron.weights.publication import Publication, RankPublication
-from npr_megatron.weights.slots import Slots, slot_bytes
 from npr_megatron.weights.tiles import Layout
 
 _DEVICE_ARGUMENT = 6

@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 
 from npr_megatron.errors import LayoutError, StaleWeightsError
-from npr_megatron.weights.copies import Copy
 from npr_megatron.weights.delta import Bytes, apply_delta, encode_delta
 from npr_megatron.weights.delta_chain import Baseline, Chain, DeltaHeader, Held, ServedVersion
 from npr_megatron.weights.executors.delta_messages import Leg, Wire
 from npr_megatron.weights.executors.inproc import RankStorages, copy_boxes
-from npr_megatron.weights.plan import TransferPlan
+from npr_megatron.weights.plans.copies import Copy
+from npr_megatron.weights.plans.plan import TransferPlan
 
 
 @dataclass(frozen=True, slots=True)

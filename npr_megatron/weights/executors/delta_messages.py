@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from npr_megatron.weights.copies import Copy
 from npr_megatron.weights.delta import Bytes
 from npr_megatron.weights.executors.point_to_point import InFlight, Transfer
-from npr_megatron.weights.messages import Round, Route, message_rounds
+from npr_megatron.weights.plans.copies import Copy
+from npr_megatron.weights.plans.messages import Round, Route, message_rounds
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from npr_megatron.errors import InputError, StaleWeightsError
+from npr_megatron.weights.checkpoints.stored import read_box
 from npr_megatron.weights.digest import census_of
 from npr_megatron.weights.executors.shard_file import (
     ShardFile,
@@ -39,7 +40,6 @@ from npr_megatron.weights.executors.shard_file import (
 from npr_megatron.weights.executors.versions import VersionReader, listed
 from npr_megatron.weights.publication import Publication, RankPublication
 from npr_megatron.weights.storages import check_storages
-from npr_megatron.weights.stored import read_box
 from npr_megatron.weights.tiles import Layout
 
 _MANIFEST = "manifest.json"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npr_megatron.weights.plan import Copy, TransferPlan
+from npr_megatron.weights.plans.plan import Copy, TransferPlan
 
 RankStorages = Mapping[int, Mapping[str, Tensor]]
 """Storages by layout rank."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npr_megatron.weights.copies import Copy
 from npr_megatron.weights.executors.inproc import RankStorages
-from npr_megatron.weights.messages import Message
+from npr_megatron.weights.plans.copies import Copy
+from npr_megatron.weights.plans.messages import Message
 
 _LARGE_BYTES = 2**19  # below, two copies in memory cost less than a message of its own
 _ALIGNMENT = 64

@@ -1,7 +1,7 @@
 """Carry out a plan over point-to-point messages of a torch process group, gloo or NCCL.
 
 For processes that share no memory. Both ends derive the same messages from the plan
-(``weights.messages``), so nothing but payload is sent, and every wait has a deadline. While one
+(``plans.messages``), so nothing but payload is sent, and every wait has a deadline. While one
 round is on the wire the next one is packed and posted; posting never waits, so the argument why
 rounds end holds for two at a time. What ranks of a node share goes from one to the other when all
 copies are done. Over NCCL the weights never leave the devices.
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from npr_megatron.weights.copies import Copy
 from npr_megatron.weights.executors.inproc import Move, RankStorages, moves_of, run_moves
 from npr_megatron.weights.executors.parcels import (
     Parcel,
@@ -25,8 +24,9 @@ from npr_megatron.weights.executors.parcels import (
     parcels_to_send,
 )
 from npr_megatron.weights.executors.point_to_point import InFlight, Transfer
-from npr_megatron.weights.messages import Round, Route, message_rounds
-from npr_megatron.weights.plan import TransferPlan
+from npr_megatron.weights.plans.copies import Copy
+from npr_megatron.weights.plans.messages import Round, Route, message_rounds
+from npr_megatron.weights.plans.plan import TransferPlan
 
 
 def exchange(

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from npr_megatron.errors import EnvironmentFault, InputError
 from npr_megatron.weights.box import Box
+from npr_megatron.weights.checkpoints.safetensors_files import header_bytes
+from npr_megatron.weights.checkpoints.stored import StoredChunk, StoredTensor, read_box
 from npr_megatron.weights.digest import digest_box
-from npr_megatron.weights.safetensors_files import header_bytes
 from npr_megatron.weights.storages import dtype_of, tile_view
-from npr_megatron.weights.stored import StoredChunk, StoredTensor, read_box
 from npr_megatron.weights.tiles import RankLayout
 
 _HASHED_BYTES = 8 * 2**20

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from npr_megatron.weights.arena import Arena, OwnedArena, arena_path
+from npr_megatron.weights.executors.arena import Arena, OwnedArena, arena_path
+from npr_megatron.weights.executors.slots import Slots
 from npr_megatron.weights.executors.versions import Fill, VersionReader, VersionWriter
 from npr_megatron.weights.publication import Publication, RankPublication
-from npr_megatron.weights.slots import Slots
 from npr_megatron.weights.tiles import Layout
 
 

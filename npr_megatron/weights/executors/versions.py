@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from npr_megatron.errors import LayoutError, StaleWeightsError
-from npr_megatron.weights.copies import Copy
 from npr_megatron.weights.digest import census_of
 from npr_megatron.weights.executors.inproc import moves_of, run_moves
-from npr_megatron.weights.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.executors.slots import SlotHeader, Slots
+from npr_megatron.weights.plans.copies import Copy
+from npr_megatron.weights.plans.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.proof.verify import verify_transfer
 from npr_megatron.weights.publication import Publication, RankPublication
-from npr_megatron.weights.slots import SlotHeader, Slots
 from npr_megatron.weights.storages import check_storages, weights_dtype
 from npr_megatron.weights.tiles import Layout
-from npr_megatron.weights.verify import verify_transfer
 
 Fill = Callable[[Mapping[str, Tensor]], None]
 """Writes every element of the storages it is given, in their dtypes."""
@@ -103,6 +103,8 @@ class VersionReader:
         self.source, self._target, self._rank = source, target, target_rank
         self.copies = plan.copies_to(target_rank)
         self._moves = moves_of(self.copies)
+        # every rank pulls by itself, so what is shared is what one rank holds several times
+        self._shares = moves_of(plan.shares_to(target_rank))
         self.source_ranks = sorted({copy.source_rank for copy in self.copies})
         self._census = census_of(target)
 
@@ -190,6 +192,7 @@ class VersionReader:
         before = {rank: held.header(slots[rank]) for rank, held in sources.items()}
         views = {rank: held.storages(slots[rank]) for rank, held in sources.items()}
         run_moves(self._moves, views, {self._rank: into})
+        run_moves(self._shares, {self._rank: into}, {self._rank: into})
         for tensor in into.values():
             if tensor.is_cuda:  # the copies are queued; the source must not be let go before them
                 torch.cuda.synchronize(tensor.device)

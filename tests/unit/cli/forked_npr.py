@@ -73,7 +73,7 @@ def _serve() -> None:
     import torch
 
     import npr_megatron.cli.main as cli
-    import npr_megatron.weights.conversion  # noqa: F401 - children find it imported
+    import npr_megatron.weights.checkpoints.conversion  # noqa: F401 - children find it imported
 
     torch.ones(10).sum()
 

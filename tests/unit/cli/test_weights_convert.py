@@ -15,8 +15,8 @@ import torch
 
 from npr_megatron.cli.weights.convert import parse_size
 from npr_megatron.errors import EnvironmentFault, InputError
-from npr_megatron.weights.conversion import Conversion, Request
-from npr_megatron.weights.journal import Journal
+from npr_megatron.weights.checkpoints.conversion import Conversion, Request
+from npr_megatron.weights.checkpoints.journal import Journal
 from tests.unit.cli.forked_npr import Server
 from tests.unit.weights.folders import (
     MODELS,
@@ -200,7 +200,8 @@ def test_a_place_that_cannot_be_written_to_is_named(small, tmp_path):
 
 def test_too_little_room_is_told_before_anything_is_written(small, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "npr_megatron.weights.conversion.shutil.disk_usage", lambda path: _Room(free=1000)
+        "npr_megatron.weights.checkpoints.conversion.shutil.disk_usage",
+        lambda path: _Room(free=1000),
     )
     with pytest.raises(EnvironmentFault, match=r"needs \d+ more bytes, .* has 1000 free"):
         convert(small, tmp_path / "target")

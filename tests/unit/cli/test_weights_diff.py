@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import StaleWeightsError
+from npr_megatron.weights.checkpoints.hf import read_hf
+from npr_megatron.weights.checkpoints.live_run import LiveRun
 from npr_megatron.weights.executors.shared_memory import Publisher
-from npr_megatron.weights.hf import read_hf
-from npr_megatron.weights.layout import trainer_layout
-from npr_megatron.weights.live_run import LiveRun
+from npr_megatron.weights.layouts import trainer_layout
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.storages import empty_storages, load_tiles
 from tests.unit.weights.folders import MODELS, QWEN3, UNTIED, convert, hf_tensors, write_hf_folder
@@ -71,7 +71,7 @@ def test_bands_do_not_show(npr, source, tmp_path, monkeypatch):
     changed(source, K_PROJ, (slice(5, 9), 7), old[5:9, 7] + 2)
     arguments = ["weights", "diff", str(source), str(there), "--json"]
     expected = json.loads(npr(*arguments).out)
-    monkeypatch.setattr("npr_megatron.weights.comparison.BAND_BYTES", 3 * 4 * 32)
+    monkeypatch.setattr("npr_megatron.weights.checkpoints.comparison.BAND_BYTES", 3 * 4 * 32)
     assert json.loads(npr(*arguments).out) == expected
     assert [p["first"] for p in expected["parameters"] if p["state"] != "equal"] == [[5, 7]]
 

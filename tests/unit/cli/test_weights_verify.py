@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.weights.box import Box
-from npr_megatron.weights.checkpoint_folders import open_checkpoint
+from npr_megatron.weights.checkpoints.folders import open_checkpoint
+from npr_megatron.weights.checkpoints.hf import read_hf
 from npr_megatron.weights.digest import digest_box
 from npr_megatron.weights.executors.disk import seal, write_shard
-from npr_megatron.weights.hf import read_hf
-from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.layouts import trainer_layout
 from npr_megatron.weights.storages import empty_storages, load_tiles
 from tests.unit.weights.folders import (
     MODELS,

@@ -18,7 +18,7 @@ from npr_megatron.planning.push_floor import direct_time, push_floor, relay_time
 from npr_megatron.planning.push_request import PushRequest, read_engine, read_trainer
 from npr_megatron.planning.push_simulation import simulate_direct, simulate_relay
 from npr_megatron.weights.names import canonical_parameters
-from npr_megatron.weights.plan import TransferPlan
+from npr_megatron.weights.plans.plan import TransferPlan
 
 H100 = HardwareConfig()
 TINY = ModelConfig(

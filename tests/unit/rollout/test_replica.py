@@ -21,11 +21,11 @@ from npr_megatron.records.trajectory import DecodeMode, Trajectory
 from npr_megatron.rollout.courier import stamp_of
 from npr_megatron.rollout.health import Stamp
 from npr_megatron.rollout.replica import Replica, ReplicaSpec
+from npr_megatron.weights.checkpoints.hf import random_init
 from npr_megatron.weights.executors.inproc import execute
 from npr_megatron.weights.executors.shared_memory import Publisher
-from npr_megatron.weights.hf import random_init
-from npr_megatron.weights.layout import canonical_layout, engine_layout
-from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.layouts import canonical_layout, engine_layout
+from npr_megatron.weights.plans.plan import plan_transfer
 from npr_megatron.weights.publication import Publication
 from tests.engines import TINY, request_for
 from tests.structures import SMALL

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from npr_megatron.weights.copies import Copy
-from npr_megatron.weights.messages import Message, Round
-from npr_megatron.weights.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.plans.copies import Copy
+from npr_megatron.weights.plans.messages import Message, Round
+from npr_megatron.weights.plans.plan import TransferPlan, plan_transfer
 from npr_megatron.weights.tiles import Layout
 from tests.unit.weights.oracles import Topology
 

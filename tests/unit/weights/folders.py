@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npr_megatron.config.model import InitConfig, ModelConfig, MoeConfig
-from npr_megatron.weights.chunking import ReaderShape
-from npr_megatron.weights.conversion import Conversion, Request
-from npr_megatron.weights.hf import random_init, write_hf
+from npr_megatron.weights.checkpoints.chunking import ReaderShape
+from npr_megatron.weights.checkpoints.conversion import Conversion, Request
+from npr_megatron.weights.checkpoints.hf import random_init, write_hf
 
 _MOE = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 QWEN3 = ModelConfig(

@@ -1,6 +1,6 @@
 """Storages of any topology cut by plain tensor operations.
 
-Written from the definition of each system's format, sharing nothing with ``weights.layout``: fused
+Written from the definition of each system's format, sharing nothing with ``weights.layouts``: fused
 qkv by reshaping to groups, shards by ``chunk``, replicas by indexing heads, ranks by reshaping
 numbers to a grid, pipeline stages by dealing out lists of layers. Element ids are the payload:
 every element of a model has its own number, so a single element in a wrong place shows; padding
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.weights.layout import EngineKind
+from npr_megatron.weights.layouts import EngineKind
 from npr_megatron.weights.names import canonical_parameters
 from tests.unit.weights.topologies import KINDS, Topology, tiny_model, topologies
 

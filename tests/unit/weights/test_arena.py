@@ -10,8 +10,8 @@ import torch
 
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import EnvironmentFault, InputError
-from npr_megatron.weights.arena import OwnedArena, arena_bytes, arena_path, remove_arenas
-from npr_megatron.weights.layout import trainer_layout
+from npr_megatron.weights.executors.arena import OwnedArena, arena_bytes, arena_path, remove_arenas
+from npr_megatron.weights.layouts import trainer_layout
 from tests.unit.weights.oracles import tiny_model
 
 SOURCE = trainer_layout(tiny_model(), ParallelConfig(tp_size=2, pp_size=2, dp_size=2))

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.weights.balance import deal, even_shares
-from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.plans.balance import deal, even_shares
+from npr_megatron.weights.plans.plan import plan_transfer
 from tests.unit.weights.oracles import tiny_model
 
 MOST_RANKS = 5

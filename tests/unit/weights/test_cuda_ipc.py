@@ -19,10 +19,10 @@ from npr_megatron.weights.executors.cuda_ipc import (
     DeviceReceiver,
     check_size,
 )
+from npr_megatron.weights.executors.slots import Slots, slot_bytes
 from npr_megatron.weights.executors.versions import VersionReader, VersionWriter
-from npr_megatron.weights.layout import canonical_layout, engine_layout
+from npr_megatron.weights.layouts import canonical_layout, engine_layout
 from npr_megatron.weights.publication import Publication
-from npr_megatron.weights.slots import Slots, slot_bytes
 from npr_megatron.weights.storages import empty_storages
 from tests.unit.weights.oracles import element_ids, engine_storages, num_different, tiny_model
 

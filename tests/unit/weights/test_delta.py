@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from npr_megatron.errors import StaleWeightsError
 from npr_megatron.weights import delta
-from npr_megatron.weights.copies import Copy
 from npr_megatron.weights.delta import apply_delta, encode_delta
 from npr_megatron.weights.delta_chain import Baseline, Chain, DeltaHeader, ServedVersion
+from npr_megatron.weights.plans.copies import Copy
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float32)

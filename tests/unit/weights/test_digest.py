@@ -14,9 +14,9 @@ from npr_megatron.config.training import ParallelConfig
 from npr_megatron.records.randomness import derive_seed
 from npr_megatron.weights import digest as digest_module
 from npr_megatron.weights.box import Box
+from npr_megatron.weights.checkpoints.hf import random_init
 from npr_megatron.weights.digest import Census, add_up_on_device, digest_box, digests
-from npr_megatron.weights.hf import random_init
-from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
+from npr_megatron.weights.layouts import canonical_layout, engine_layout, trainer_layout
 from npr_megatron.weights.tiles import Layout
 from tests.unit.weights.oracles import (
     Tensors,

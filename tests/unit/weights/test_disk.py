@@ -20,6 +20,7 @@ from npr_megatron.errors import (
     LayoutError,
     StaleWeightsError,
 )
+from npr_megatron.weights.checkpoints.hf import random_init
 from npr_megatron.weights.executors.disk import (
     DiskReceiver,
     read_manifest,
@@ -27,8 +28,7 @@ from npr_megatron.weights.executors.disk import (
     versions_on_disk,
     write_shard,
 )
-from npr_megatron.weights.hf import random_init
-from npr_megatron.weights.layout import engine_layout, trainer_layout
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.storages import empty_storages
 from tests.unit.weights.oracles import (
     Topology,

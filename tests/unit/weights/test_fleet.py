@@ -6,13 +6,13 @@ import numpy as np
 
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.weights.executors.inproc import execute
-from npr_megatron.weights.fleet import FleetTransfer, PlacedEngine
-from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.plan import plan_transfer
-from npr_megatron.weights.plan_diff import diff_plans
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.plans.diff import diff_plans
+from npr_megatron.weights.plans.fleet import FleetTransfer, PlacedEngine
+from npr_megatron.weights.plans.plan import plan_transfer
+from npr_megatron.weights.proof.verify import verify_transfer
 from npr_megatron.weights.storages import empty_storages
 from npr_megatron.weights.tiles import Layout
-from npr_megatron.weights.verify import verify_transfer
 from tests.unit.weights.oracles import (
     by_rank,
     element_ids,

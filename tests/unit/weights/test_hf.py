@@ -15,8 +15,8 @@ from npr_megatron.config.hf_architecture import read_architecture
 from npr_megatron.config.model import InitConfig, MoeConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import EnvironmentFault, InputError, LayoutError
-from npr_megatron.weights.hf import hf_config, random_init, read_hf, write_hf
-from npr_megatron.weights.layout import canonical_layout, trainer_layout
+from npr_megatron.weights.checkpoints.hf import hf_config, random_init, read_hf, write_hf
+from npr_megatron.weights.layouts import canonical_layout, trainer_layout
 from npr_megatron.weights.storages import empty_storages, load_tiles
 from tests.unit.weights.oracles import num_different, tiny_model, trainer_storages
 

@@ -10,7 +10,7 @@ import torch
 from npr_megatron.config.hf_architecture import read_architecture
 from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.errors import LayoutError
-from npr_megatron.weights.hf_config import hf_config
+from npr_megatron.weights.checkpoints.hf_config import hf_config
 from npr_megatron.weights.names import canonical_parameters
 
 EXPERTS = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from npr_megatron.config.model import MoeConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import LayoutError
-from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
+from npr_megatron.weights.layouts import canonical_layout, engine_layout, trainer_layout
 from npr_megatron.weights.names import canonical_parameters
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
 from npr_megatron.weights.tiles import Layout

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.weights.layout_ranks import RankPlace, expert_tp_size, place_of
+from npr_megatron.weights.layouts.ranks import RankPlace, expert_tp_size, place_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -9,7 +9,7 @@ import pytest
 from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import LayoutError
-from npr_megatron.weights.layout import engine_layout, trainer_layout
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.tiles import Layout
 from tests.unit.weights.oracles import tiny_model
 

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from npr_megatron.errors import InputError, LayoutError
 from npr_megatron.weights.box import Box
-from npr_megatron.weights.checkpoint_folders import examine_checkpoint, open_checkpoint
-from npr_megatron.weights.chunking import ReaderShape, chunk_groups
-from npr_megatron.weights.gather import Gather
-from npr_megatron.weights.layout import canonical_layout
-from npr_megatron.weights.megatron_checkpoint import form_found, megatron_checkpoint_layout
-from npr_megatron.weights.plan import plan_transfer
-from npr_megatron.weights.stored import StoredChunk, StoredTensor, read_box
-from npr_megatron.weights.verify import verify_transfer
+from npr_megatron.weights.checkpoints.chunking import ReaderShape, chunk_groups
+from npr_megatron.weights.checkpoints.folders import examine_checkpoint, open_checkpoint
+from npr_megatron.weights.checkpoints.gather import Gather
+from npr_megatron.weights.checkpoints.stored import StoredChunk, StoredTensor, read_box
+from npr_megatron.weights.layouts import canonical_layout
+from npr_megatron.weights.layouts.megatron_checkpoint import form_found, megatron_checkpoint_layout
+from npr_megatron.weights.plans.plan import plan_transfer
+from npr_megatron.weights.proof.verify import verify_transfer
 from tests.unit.weights.folders import (
     MODELS,
     QWEN3,

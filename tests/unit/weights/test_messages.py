@@ -9,10 +9,10 @@ import pytest
 
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.weights.box import Box
-from npr_megatron.weights.copies import Copy
-from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.messages import Round, message_rounds
-from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.plans.copies import Copy
+from npr_megatron.weights.plans.messages import Round, message_rounds
+from npr_megatron.weights.plans.plan import plan_transfer
 from tests.unit.weights.oracles import tiny_model
 
 COPIES = plan_transfer(

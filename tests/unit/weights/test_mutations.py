@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from npr_megatron.weights.executors.inproc import execute
-from npr_megatron.weights.messages import message_rounds
-from npr_megatron.weights.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.plans.messages import message_rounds
+from npr_megatron.weights.plans.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.proof.verify import verify_transfer
+from npr_megatron.weights.proof.verify_messages import verify_messages
 from npr_megatron.weights.storages import empty_storages
-from npr_megatron.weights.verify import verify_transfer
-from npr_megatron.weights.verify_messages import verify_messages
 from tests.unit.weights.faults import ALWAYS_WRONG, JUDGED, Case, spoiled_rounds
 from tests.unit.weights.oracles import (
     Topology,

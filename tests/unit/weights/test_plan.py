@@ -14,12 +14,12 @@ from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import LayoutError
 from npr_megatron.weights.box import Box
 from npr_megatron.weights.executors.inproc import execute
-from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
-from npr_megatron.weights.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.layouts import canonical_layout, engine_layout, trainer_layout
+from npr_megatron.weights.plans.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.proof.verify import verify_transfer
+from npr_megatron.weights.proof.wire_minimum import fewest_wire_bytes
 from npr_megatron.weights.storages import empty_storages
 from npr_megatron.weights.tiles import Layout, Rows, Storage, Tile, rank_of, stack
-from npr_megatron.weights.verify import verify_transfer
-from npr_megatron.weights.wire_minimum import fewest_wire_bytes
 from tests.unit.weights.oracles import (
     Topology,
     by_rank,
@@ -86,8 +86,8 @@ PLAN_ELSEWHERE = """
 import sys
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.plans.plan import plan_transfer
 model = ModelConfig.model_validate_json(sys.argv[1])
 parallel = ParallelConfig.model_validate_json(sys.argv[2])
 print(plan_transfer(trainer_layout(model, parallel), engine_layout(model, 4)).plan_id)

@@ -9,9 +9,9 @@ import pytest
 
 from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.plan import plan_transfer
-from npr_megatron.weights.verify import verify_transfer
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.plans.plan import plan_transfer
+from npr_megatron.weights.proof.verify import verify_transfer
 
 MODEL = ModelConfig(
     family="qwen3_moe",

@@ -10,9 +10,9 @@ import torch
 
 from npr_megatron.config.model import InitConfig
 from npr_megatron.config.training import ParallelConfig
+from npr_megatron.weights.checkpoints.hf import random_init
 from npr_megatron.weights.executors.shared_memory import Publisher, Receiver
-from npr_megatron.weights.hf import random_init
-from npr_megatron.weights.layout import engine_layout, trainer_layout
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.storages import empty_storages
 from tests.unit.weights.oracles import tiny_model, trainer_storages

@@ -15,12 +15,12 @@ import torch
 from npr_megatron.weights.executors.disk import DiskReceiver, read_manifest, seal, write_shard
 from npr_megatron.weights.executors.inproc import execute
 from npr_megatron.weights.executors.shared_memory import Publisher, Receiver
-from npr_megatron.weights.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.plans.plan import TransferPlan, plan_transfer
+from npr_megatron.weights.proof.verify import verify_transfer
+from npr_megatron.weights.proof.wire_minimum import fewest_wire_bytes
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.storages import empty_storages
 from npr_megatron.weights.tiles import Layout
-from npr_megatron.weights.verify import verify_transfer
-from npr_megatron.weights.wire_minimum import fewest_wire_bytes
 from tests.unit.weights.oracles import (
     Topology,
     by_rank,
@@ -166,8 +166,8 @@ PLAN_ELSEWHERE = """
 import sys
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.plan import plan_transfer
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.plans.plan import plan_transfer
 for line in sys.stdin:
     model, parallel, engine, nodes = eval(line)
     source = trainer_layout(

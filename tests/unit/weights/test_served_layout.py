@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import LayoutError
-from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
-from npr_megatron.weights.names import canonical_parameters
-from npr_megatron.weights.plan import plan_transfer
-from npr_megatron.weights.served_layout import (
+from npr_megatron.weights.layouts import canonical_layout, engine_layout, trainer_layout
+from npr_megatron.weights.layouts.served import (
     Quantisation,
     quantised_layout,
     scales_of,
     straddling_blocks,
 )
+from npr_megatron.weights.names import canonical_parameters
+from npr_megatron.weights.plans.plan import plan_transfer
+from npr_megatron.weights.proof.verify import verify_transfer
 from npr_megatron.weights.tiles import Layout, RankLayout
-from npr_megatron.weights.verify import verify_transfer
 from tests.unit.weights.oracles import tiny_model, topologies
 
 QWEN3_235B = ModelConfig(

@@ -17,11 +17,11 @@ from npr_megatron.errors import (
     LayoutError,
     StaleWeightsError,
 )
-from npr_megatron.weights.arena import Arena, arena_bytes
 from npr_megatron.weights.box import Box
+from npr_megatron.weights.checkpoints.hf import random_init
+from npr_megatron.weights.executors.arena import Arena, arena_bytes
 from npr_megatron.weights.executors.shared_memory import Publisher, Receiver
-from npr_megatron.weights.hf import random_init
-from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
+from npr_megatron.weights.layouts import canonical_layout, engine_layout, trainer_layout
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.storages import empty_storages
 from npr_megatron.weights.tiles import Layout, Storage, Tile, rank_of
@@ -372,3 +372,18 @@ def test_a_peer_catches_up_from_an_engine_when_the_trainer_is_gone(tmp_path):
     held = [empty_storages(rank, torch.float32) for rank in sharded.ranks]
     original.check(Receiver(ENGINE, sharded, rank).pull(again, held[rank]) for rank in range(4))
     peer.close()
+
+
+def test_what_a_rank_holds_twice_arrives_twice(tmp_path):
+    whole_tile = Box((0, 0), (4, 2))
+    source = Layout(
+        "trainer", (rank_of([(Storage("w", (4, 2)), (Tile("w", whole_tile, "w", (0, 0)),))]),)
+    )
+    twice = [(Storage(n, (4, 2)), (Tile("w", whole_tile, n, (0, 0)),)) for n in ("embed", "head")]
+    target = Layout("engine", (rank_of(twice),))
+    values = torch.arange(8.0).view(4, 2)
+    into = empty_storages(target.ranks[0], torch.float32)
+    with opened(tmp_path, source) as publish:
+        Receiver(source, target).pull(publish(0, [{"w": values}]), into)
+    assert torch.equal(into["embed"], values)
+    assert torch.equal(into["head"], values)

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import DivergenceError, LayoutError
 from npr_megatron.weights.executors.inproc import execute
-from npr_megatron.weights.layout import canonical_layout, engine_layout, trainer_layout
-from npr_megatron.weights.names import canonical_parameters
-from npr_megatron.weights.plan import plan_transfer
-from npr_megatron.weights.quantise import quantise
-from npr_megatron.weights.served_layout import (
+from npr_megatron.weights.layouts import canonical_layout, engine_layout, trainer_layout
+from npr_megatron.weights.layouts.served import (
     Quantisation,
     quantised_layout,
     scales_of,
     straddling_blocks,
 )
+from npr_megatron.weights.names import canonical_parameters
+from npr_megatron.weights.plans.plan import plan_transfer
+from npr_megatron.weights.quantise import quantise
 from npr_megatron.weights.source_quantiser import SourceQuantiser
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
 from npr_megatron.weights.tiles import Layout

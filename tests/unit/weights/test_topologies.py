@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from npr_megatron.weights.hf_config import hf_config
+from npr_megatron.weights.checkpoints.hf_config import hf_config
 from tests.unit.weights.oracles import KINDS, Topology, topologies
 
 PER_KIND = 40

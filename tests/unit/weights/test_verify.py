@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.weights.layout import engine_layout, trainer_layout
-from npr_megatron.weights.plan import Copy, TransferPlan, plan_transfer
-from npr_megatron.weights.verify import verify_transfer
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.plans.plan import Copy, TransferPlan, plan_transfer
+from npr_megatron.weights.proof.verify import verify_transfer
 from tests.unit.weights.oracles import tiny_model
 
 MODEL = tiny_model(num_hidden_layers=2, tie_word_embeddings=False)

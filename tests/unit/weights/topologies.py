@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.weights.layout import EngineKind, engine_layout, trainer_layout
+from npr_megatron.weights.layouts import EngineKind, engine_layout, trainer_layout
 from npr_megatron.weights.tiles import Layout
 
 _MOST_RANKS = 12
