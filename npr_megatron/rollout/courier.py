@@ -18,6 +18,7 @@ import ray
 
 from npr_megatron.config.engine import FleetConfig
 from npr_megatron.errors import NprError
+from npr_megatron.records.request import GenerationRequest
 from npr_megatron.rollout.actors import Death, Failure, outcome
 from npr_megatron.rollout.health import Event, Stamp
 from npr_megatron.rollout.member import Deaths, Member
@@ -81,6 +82,8 @@ class Courier:
         """Members lost or given up since somebody took the list."""
         self.refusals: list[NprError] = []
         """Why replicas could not stage the last push."""
+        self.orphans: list[GenerationRequest] = []
+        """Requests whose replica was lost or fenced, until the crew hands them on."""
 
     @property
     def is_busy(self) -> bool:
@@ -111,6 +114,11 @@ class Courier:
         if self._members[member.index] is member:  # else another sits there already
             self._forget_orders_to(member)
             self.tell(Noticed(member.index, Event.DIED))
+
+    def orphan(self, member: Member) -> None:
+        """Take away what ``member`` owes."""
+        self.orphans += member.pending.values()
+        member.pending = {}
 
     def poll(self, wait_s: float) -> None:
         """Take the answers that are there, waiting up to ``wait_s`` for the first one."""
@@ -147,6 +155,7 @@ class Courier:
                 member.actor.drop_staged.remote(stamp)
             case Fence():
                 self._forget_orders_to(member)
+                self.orphan(member)  # now: it drops them as soon as it hears of the fence
                 logger.warning("%s is fenced: it did not do what it was told", member.name)
                 self._send(action, member, member.actor.settle.remote())
             case Replace():

@@ -18,7 +18,7 @@ from npr_megatron.errors import EnvironmentFault, NprError, StaleWeightsError
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.rollout.actors import Death, Seat, gather
 from npr_megatron.rollout.courier import Courier, stamp_of
-from npr_megatron.rollout.health import Event, Health, ReplicaState
+from npr_megatron.rollout.health import Event, ReplicaState
 from npr_megatron.rollout.member import Deaths, Member
 from npr_megatron.rollout.orders import Noticed, Replaced
 from npr_megatron.rollout.replica import ReplicaSpec
@@ -41,8 +41,6 @@ class Crew:
         self._config = config
         self.members: list[Member] = []
         self.courier = Courier(self.members, len(self._seats), config)
-        self.orphans: list[GenerationRequest] = []
-        """Requests whose replica was lost or fenced, until :meth:`tend` hands them on."""
         self.num_restarts = 0
 
     def start(self) -> None:
@@ -108,10 +106,6 @@ class Crew:
         """
         self._guarded(lambda: self.courier.poll(0.0))
         self.replace({})
-        for member in owed(self.members):
-            if self.state(member).health is Health.FENCED:
-                self._orphan(member)
-        self._adopt()
 
     def require_routable(self) -> None:
         """Wait until somebody can be given requests.
@@ -199,7 +193,7 @@ class Crew:
                 "max_restarts"
             )
         self.num_restarts += 1
-        self._orphan(member)
+        self.courier.orphan(member)
         self.courier.lose(member)
         member.kill()
         logger.warning("%s was lost: %s; a replacement takes its seat", member.name, cause)
@@ -214,17 +208,13 @@ class Crew:
             self.notice(member, Event.STARTED)
         return dead
 
-    def _orphan(self, member: Member) -> None:
-        self.orphans += member.pending.values()
-        member.pending = {}
-
     def _adopt(self) -> None:
         """Give orphans to idle members, or to all; they wait where nobody is routable."""
-        routable = self.routable
-        if not self.orphans or not routable:
+        routable, orphans = self.routable, self.courier.orphans
+        if not orphans or not routable:
             return
+        self.courier.orphans = []
         heirs = [member for member in routable if not member.pending] or routable
-        orphans, self.orphans = self.orphans, []
         self.submit(dict(zip(heirs, split_requests(orphans, len(heirs)), strict=True)))
 
     def _await_engine(self) -> None:

@@ -32,7 +32,7 @@ from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import Trajectory
 from npr_megatron.rollout.actors import Death, Failure, Seat, gather, outcome
 from npr_megatron.rollout.crew import Crew, owed
-from npr_megatron.rollout.health import Event, Health, ReplicaState, Stamp, judge_silence
+from npr_megatron.rollout.health import Event, ReplicaState, Stamp, judge_silence
 from npr_megatron.rollout.member import Deaths, Member
 from npr_megatron.rollout.replica import ReplicaSpec, Report, request_id_of
 from npr_megatron.rollout.router import split_requests
@@ -208,7 +208,7 @@ class Fleet:
         """Wait for the next reports; return what they bring. Replaces members that died or fell
         silent."""
         self._crew.tend()
-        if self._crew.orphans:
+        if self._crew.courier.orphans:
             self._crew.require_routable()
         waiting: dict[ray.ObjectRef, Member] = {}
         for member in owed(self._crew.members):
@@ -263,14 +263,11 @@ class Fleet:
 
         Reports on their way are awaited, else they could swallow what the next generate finishes.
         """
-        for member in owed(self._crew.members):
-            if self._crew.state(member).health is Health.FENCED:
-                member.pending = {}  # it drops them itself before it is heard again
         left = owed(self._crew.members)
         reports = [member.report for member in left if member.report is not None]
         for member in left:
             member.pending, member.report = {}, None
-        self._crew.orphans = []
+        self._crew.courier.orphans = []
         _, dead = self._crew.ask(left, lambda m: m.actor.abort.remote(), "aborting")
         gather(reports, timeout_s=self._config.request_timeout_s, what="the last reports")
         self._crew.replace(dead)

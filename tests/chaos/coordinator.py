@@ -295,17 +295,15 @@ class Coordinator:
 
     def _decode(self, replica: int, life: int) -> None:
         """Have two requests decoded; write down what came and what the fleet served at the time."""
-        serving = self._swap.serving
+        serving, term = self._swap.serving, self._terms[replica]
         assert serving is not None
         numbers = [self._num_requests, self._num_requests + 1]
         self._num_requests += len(numbers)
         try:
             self._call(replica, "submit", [_request(replica, number) for number in numbers])
             found: list[Any] = []
-            while len(found) < len(numbers) and life == self._lives[replica]:
+            while len(found) < len(numbers) and self._is_heard(replica, life, term):
                 found += self._call(replica, "report", 0.1).trajectories()
-                if self._swap.replicas[replica].state.health is Health.FENCED:
-                    break
             with (self._folder / f"trajectories-{os.getpid()}-{replica}").open("ab") as file:
                 pickle.dump((serving.version, found), file)
         except Late:
@@ -314,6 +312,11 @@ class Coordinator:
             self._buried(replica, life)
         finally:
             self._busy[replica] = False
+
+    def _is_heard(self, replica: int, life: int, term: int) -> bool:
+        """Whether requests are still known there: a fence drops them, and ends the term."""
+        is_fenced = self._swap.replicas[replica].state.health is Health.FENCED
+        return (life, term) == (self._lives[replica], self._terms[replica]) and not is_fenced
 
     def _in_thread(self, act: Callable[..., None], *arguments: Any) -> None:
         threading.Thread(target=act, args=arguments, daemon=True).start()
