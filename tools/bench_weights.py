@@ -6,8 +6,9 @@
 Most figures are ratios of two measurements taken in turns, of which the best of ``--repeats``
 counts: the rest measures who else was busy. Copies are timed in CPU seconds of one thread (user and
 kernel), what waits for others (messages, disks, GPUs) by the clock. The digest and the fixed cost
-of a push are medians of CPU seconds. The model has the shape of Qwen3-0.6B with fewer layers and a
-smaller vocabulary. Bars are what this project promises; MISS means that this run fell short.
+of a push are medians of CPU seconds. The model has the shape of Qwen3-4B with fewer layers and a
+smaller vocabulary; the smaller ``--hidden``, the shorter the runs that column slices consist of.
+Bars are what this project promises; MISS means that this run fell short.
 """
 
 from __future__ import annotations
@@ -332,8 +333,8 @@ def device_s() -> float:
 
 def _arguments() -> argparse.Namespace:
     options = argparse.ArgumentParser(description="Measure the moving of weights.")
-    options.add_argument("--layers", type=int, default=4)
-    options.add_argument("--hidden", type=int, default=1024)
+    options.add_argument("--layers", type=int, default=2)
+    options.add_argument("--hidden", type=int, default=2560)
     options.add_argument("--repeats", type=int, default=7)
     options.add_argument("--planned-model", default="qwen3-235b-a22b")
     options.add_argument("--arena-dir", default="/dev/shm")
@@ -346,11 +347,11 @@ def _model(layers: int, hidden: int) -> ModelConfig:
     return ModelConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
-        num_attention_heads=16,
+        num_attention_heads=32,
         num_key_value_heads=8,
-        head_dim=hidden // 8,
-        intermediate_size=3 * hidden,
-        vocab_size=32 * hidden,
+        head_dim=max(1, hidden // 20),
+        intermediate_size=max(8, hidden * 19 // 5 // 64 * 64),
+        vocab_size=8 * hidden,
     )
 
 
