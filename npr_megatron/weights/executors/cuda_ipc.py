@@ -115,7 +115,10 @@ class DevicePublisher:
             StaleWeightsError: ``version`` is not above the last one.
             LayoutError: ``storages`` are not those of the layout.
         """
-        return self.publish_with(version, self._writer.copy_of(storages))
+        fill = self._writer.copy_of(storages)
+        return self._writer.write(
+            version, fill, self._slots, self._handle.address, original=storages
+        )
 
     def publish_with(self, version: int, fill: Fill) -> RankPublication:
         """Have ``fill`` write ``version`` into the arena: casts and quantises without another copy.

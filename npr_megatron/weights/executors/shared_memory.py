@@ -53,7 +53,10 @@ class Publisher:
             StaleWeightsError: ``version`` is not above the last one.
             LayoutError: ``storages`` are not those of the layout.
         """
-        return self.publish_with(version, self._writer.copy_of(storages))
+        fill = self._writer.copy_of(storages)
+        return self._writer.write(
+            version, fill, self._arena.slots, str(self._arena.path), original=storages
+        )
 
     def publish_with(self, version: int, fill: Fill) -> RankPublication:
         """Have ``fill`` write ``version`` into the arena: casts and quantises without another copy.

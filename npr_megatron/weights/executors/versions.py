@@ -44,10 +44,21 @@ class VersionWriter:
         self._num_written = 0
 
     @torch.no_grad()
-    def write(self, version: int, fill: Fill, slots: Slots, address: str) -> RankPublication:
+    def write(
+        self,
+        version: int,
+        fill: Fill,
+        slots: Slots,
+        address: str,
+        original: Mapping[str, Tensor] | None = None,
+    ) -> RankPublication:
         """Have ``fill`` write the oldest slot and declare it to be ``version``.
 
         If ``fill`` fails, what was the oldest version is gone and all others stay.
+
+        Args:
+            original: what ``fill`` copies; where it has the dtype that is served, its digest is the
+                published one, so that damage to the slot shows from the first byte on.
 
         Raises:
             StaleWeightsError: ``version`` is not above the last one.
@@ -61,7 +72,11 @@ class VersionWriter:
         slots.begin(slot)
         views = slots.storages(slot)
         fill(views)
-        digests = self._census.tile_digests(self._rank, views)
+        is_copy = original is not None and all(
+            original[name].dtype == view.dtype for name, view in views.items()
+        )
+        held = original if original is not None and is_copy else views
+        digests = self._census.tile_digests(self._rank, held)
         shares = self._census.sum_tiles(self._rank, digests)
         header = SlotHeader(version, self._layout.layout_id, str(self._dtype), shares[0])
         slots.finish(slot, header, digests)
