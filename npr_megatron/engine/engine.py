@@ -42,8 +42,8 @@ from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import FinishReason, FloatArray, Trajectory
 from npr_megatron.schema.grammar import Grammar
 from npr_megatron.schema.tags import Vocabulary
+from npr_megatron.weights.storages import DTYPES
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FEED_TOKENS = 1024
 """Longest feed per pass; longer prompts run in pieces."""
 _REFILL_FEEDS = 16
@@ -76,7 +76,7 @@ class Engine:
         self._model = EngineModel(
             model,
             num_slots=config.num_kv_slots,
-            dtype=_DTYPES[config.dtype],
+            dtype=DTYPES[config.dtype],
             device=torch.device(device),
         )
         self._pool = SlotPool(config.num_kv_slots)

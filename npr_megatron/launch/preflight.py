@@ -6,8 +6,6 @@ each other is ``config.check``'s business.
 
 from __future__ import annotations
 
-import torch
-
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.run import RunConfig
 from npr_megatron.errors import ConfigError
@@ -16,8 +14,8 @@ from npr_megatron.launch.probe import Facts, Folder, gather_facts
 from npr_megatron.launch.ray_cluster import OBJECT_STORE_BYTES
 from npr_megatron.weights.executors.arena import arena_bytes
 from npr_megatron.weights.layouts import trainer_layout
+from npr_megatron.weights.storages import DTYPES
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MIB = 2**20
 
 
@@ -35,7 +33,7 @@ def check_environment(run: RunConfig, model: ModelConfig, facts: Facts) -> list[
 
 def weight_bytes(run: RunConfig, model: ModelConfig) -> int:
     """Return the bytes of ``arena_dir`` that the arenas of all trainer ranks take."""
-    dtype = _DTYPES[run.engine.dtype]
+    dtype = DTYPES[run.engine.dtype]
     return sum(arena_bytes(rank, dtype) for rank in trainer_layout(model, run.parallel).ranks)
 
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype

@@ -22,7 +22,6 @@ from npr_megatron.errors import DivergenceError
 from npr_megatron.model.build import build_stage
 from npr_megatron.model.live_layout import check_live_layout, live_layout
 from npr_megatron.model.storages import stage_storages
-from npr_megatron.model.transformer_config import DTYPES
 from npr_megatron.records.sample import FloatArray
 from npr_megatron.runtime import process_group
 from npr_megatron.runtime.device import current_device, device_scope
@@ -37,7 +36,7 @@ from npr_megatron.weights.checkpoints.hf import read_hf
 from npr_megatron.weights.executors.shared_memory import Publisher
 from npr_megatron.weights.layouts import trainer_layout
 from npr_megatron.weights.publication import RankPublication
-from npr_megatron.weights.storages import load_tiles
+from npr_megatron.weights.storages import DTYPES, load_tiles
 
 
 class TrainerRank:

@@ -18,6 +18,9 @@ from npr_megatron.weights.tiles import RankLayout, Storage, Tile
 ReadBox = Callable[[str, Box], Tensor]
 """Returns the elements of a box of a canonical parameter, by name."""
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What weights may be, by the names that configurations and commands use."""
+
 _PINNED = {"fp32": torch.float32, "fp8_e4m3": torch.float8_e4m3fn}
 
 

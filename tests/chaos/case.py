@@ -119,8 +119,9 @@ class Case:
         coordinator = (Victim.COORDINATOR, 0)
         while self._processes[coordinator].exitcode != 0:
             now = time.monotonic()
-            if now - started > _CASE_S or self._processes[coordinator].exitcode == 1:
-                raise AssertionError(f"seed {self._seed} hangs or breaks under {self._blows}")
+            broken = [key for key, one in self._processes.items() if (one.exitcode or 0) > 0]
+            if now - started > _CASE_S or broken:
+                raise AssertionError(f"seed {self._seed}, {broken} broke or hung: {self._blows}")
             while coming and coming[0].at_s <= now - started:
                 self._strike(coming.pop(0), now)
             for waking in [waking for waking in self._wakings if waking[0] <= now]:

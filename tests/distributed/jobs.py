@@ -122,13 +122,12 @@ def gradients(rank: int, world_size: int, init_method: str, job: Job) -> dict[st
 
     from npr_megatron.model.build import build_stage
     from npr_megatron.model.storages import stage_parameters
-    from npr_megatron.model.transformer_config import DTYPES
     from npr_megatron.runtime import process_group
     from npr_megatron.runtime.device import device_scope
     from npr_megatron.train.passes import backward_losses
     from npr_megatron.weights.checkpoints.hf import read_hf
     from npr_megatron.weights.layouts import trainer_layout
-    from npr_megatron.weights.storages import load_tiles
+    from npr_megatron.weights.storages import DTYPES, load_tiles
 
     info = process_group.RankInfo(rank=rank, world_size=world_size, init_method=init_method)
     dtype = DTYPES[job.trainer.dtype]

@@ -12,7 +12,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +47,10 @@ from npr_megatron.weights.checkpoints.progress import Progress, Report
 from npr_megatron.weights.checkpoints.safetensors_files import INDEX_FILE, index_of
 from npr_megatron.weights.checkpoints.stored import SCRATCH_BYTES, StoredCheckpoint, StoredTensor
 from npr_megatron.weights.checkpoints.torch_dist_files import write_metadata
+from npr_megatron.weights.durable import force_to_disk
 from npr_megatron.weights.layouts import canonical_layout
 from npr_megatron.weights.layouts.megatron_checkpoint import megatron_checkpoint_layout
-from npr_megatron.weights.storages import dtype_of
+from npr_megatron.weights.storages import DTYPES, dtype_of
 from npr_megatron.weights.tiles import Layout
 
 CHECKSUMS_FILE = "checksums.json"
@@ -60,7 +60,6 @@ _MAX_PIECE_BYTES = 256 << 20
 _SPARE_DISK_BYTES = 4 << 20
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -129,7 +128,7 @@ class Conversion:
 
     def _wanted(self, storage: str) -> torch.dtype:
         if self._request.dtype is not None:
-            return _DTYPES[self._request.dtype]
+            return DTYPES[self._request.dtype]
         return self._gather.dtype_of(storage)
 
     def run(self, report: Report) -> None:
@@ -206,7 +205,7 @@ class Conversion:
         files = {part.file: {"bytes": part.num_bytes, "crc32": part.crc32} for part in written}
         _write_json(folder / CHECKSUMS_FILE, {"conversion": self._id, "files": files})
         for path in (*folder.rglob("*"), folder):
-            _flush(path)
+            force_to_disk(path)
         folder.rename(self._request.target)
         journal.remove()
 
@@ -296,12 +295,3 @@ def _copy_companions(source: Path, target: Path, dtype: str | None) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    """Force a file or folder to disk, or a power cut after the rename leaves it empty."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

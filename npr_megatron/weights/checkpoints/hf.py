@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from npr_megatron.weights.checkpoints.safetensors_files import (
     index_of,
 )
 from npr_megatron.weights.checkpoints.stored import StoredTensor, read_box
+from npr_megatron.weights.durable import force_to_disk
 from npr_megatron.weights.layouts import canonical_layout
 from npr_megatron.weights.layouts.served import scales_of, touched_blocks
 from npr_megatron.weights.names import (
@@ -233,7 +233,7 @@ def _replaced_folder(final: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.iterdir():
-            _flush(file)
+            force_to_disk(file)
         # POSIX cannot swap two folders: the old one steps aside first.
         shutil.rmtree(retired, ignore_errors=True)
         if final.exists():
@@ -242,15 +242,6 @@ def _replaced_folder(final: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
-
-
-def _flush(file: Path) -> None:
-    """Force the bytes to disk, or a power cut after the rename leaves an empty file."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def random_init(model: ModelConfig, init: InitConfig, seed: int) -> dict[str, Tensor]:

@@ -24,11 +24,11 @@ from npr_megatron.weights.box import Box
 from npr_megatron.weights.executors.arena import Arena, arena_path
 from npr_megatron.weights.executors.slots import SlotHeader
 from npr_megatron.weights.layouts import trainer_layout
+from npr_megatron.weights.storages import DTYPES
 from npr_megatron.weights.tiles import Layout
 
 SERVING_FILE = "serving.json"
 """In a run folder: version and digest of what the fleet serves; written atomically."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -72,7 +72,7 @@ class LiveRun:
             arena_path(config.cluster.arena_dir, folder.resolve().name, rank)
             for rank in range(len(self.layout.ranks))
         ]
-        self._dtype = _DTYPES[config.engine.dtype]
+        self._dtype = DTYPES[config.engine.dtype]
         self._held = tuple(self._open(path, rank) for rank, path in enumerate(paths))
 
     def _open(self, path: Path, rank: int) -> _Held:

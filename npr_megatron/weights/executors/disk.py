@@ -30,6 +30,7 @@ from torch import Tensor
 from npr_megatron.errors import InputError, StaleWeightsError
 from npr_megatron.weights.checkpoints.stored import read_box
 from npr_megatron.weights.digest import census_of
+from npr_megatron.weights.durable import force_to_disk
 from npr_megatron.weights.executors.shard_file import (
     ShardFile,
     cannot_write,
@@ -130,9 +131,9 @@ def seal(root: str | Path, records: Sequence[ShardRecord], *, keep_last: int) ->
             json.dump(_as_json(DiskVersion(publication, tuple(files))), file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(partial)
+        force_to_disk(partial)
         partial.rename(final)
-        _sync_folder(root)
+        force_to_disk(root)
     except OSError as error:
         manifest.unlink(missing_ok=True)
         raise cannot_write(manifest, "the manifest", error, 0) from error
@@ -259,15 +260,6 @@ def _require_new(root: Path, version: int) -> None:
             f"version {version} was to be written, {_folder(root, version)} exists; versions are "
             "written once, choose a higher number or remove it"
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force names to disk; files are forced by those who write them."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _retire(root: Path, newest: int, keep_last: int) -> None:

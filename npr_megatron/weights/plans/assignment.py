@@ -22,7 +22,7 @@ from npr_megatron.weights.plans.requirements import (
     require_disjoint,
     require_dtypes,
 )
-from npr_megatron.weights.plans.tile_table import DTYPES, Ints, TileTable, tile_tables
+from npr_megatron.weights.plans.tile_table import PINNED_DTYPES, Ints, TileTable, tile_tables
 from npr_megatron.weights.tiles import Layout
 
 
@@ -101,7 +101,7 @@ def find_pieces(
     nodes = np.arange(len(target.ranks)) if target_nodes is None else np.array(target_nodes)
     first_tile, wish_of_tile = row_numbers([wanted_of_tile, nodes[want.rank]])
     pair, wish = _for_each_node(other, wanted_of_tile[first_tile])
-    sizes = np.array([element_bytes(dtype, weight_bytes) for dtype in DTYPES])
+    sizes = np.array([element_bytes(dtype, weight_bytes) for dtype in PINNED_DTYPES])
     pieces = Pieces(
         have=have,
         want=want,

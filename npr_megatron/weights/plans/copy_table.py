@@ -10,7 +10,7 @@ import numpy as np
 
 from npr_megatron.weights.plans.copies import Copy, element_bytes
 from npr_megatron.weights.plans.intersect import along_rows, row_numbers
-from npr_megatron.weights.plans.tile_table import DTYPES, Ints, right_aligned
+from npr_megatron.weights.plans.tile_table import PINNED_DTYPES, Ints, right_aligned
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +56,7 @@ class CopyTable:
             source_start=source_start,
             shape=shape,
             num_axes=num_axes,
-            dtype=_column([DTYPES.index(c.dtype) for c in copies]),
+            dtype=_column([PINNED_DTYPES.index(c.dtype) for c in copies]),
         )
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class CopyTable:
 
     def num_bytes(self, weight_bytes: int) -> Ints:
         """Return the bytes of each copy where an element of the weights has ``weight_bytes``."""
-        sizes = [element_bytes(dtype, weight_bytes) for dtype in DTYPES]
+        sizes = [element_bytes(dtype, weight_bytes) for dtype in PINNED_DTYPES]
         return self.num_elements * np.array(sizes, np.int64)[self.dtype]
 
     def take(self, rows: Ints) -> CopyTable:
@@ -88,7 +88,7 @@ class CopyTable:
                 source_storage=self.source_names[source_storage],
                 source_start=tuple(source_start[len(source_start) - source_axes :]),
                 shape=tuple(shape[len(shape) - num_axes :]),
-                dtype=DTYPES[dtype],
+                dtype=PINNED_DTYPES[dtype],
             )
             for (
                 target_rank,

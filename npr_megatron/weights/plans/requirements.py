@@ -8,7 +8,7 @@ import numpy as np
 
 from npr_megatron.errors import LayoutError
 from npr_megatron.weights.plans.intersect import Boxes, first_overlap
-from npr_megatron.weights.plans.tile_table import DTYPES, Ints, TileTable
+from npr_megatron.weights.plans.tile_table import PINNED_DTYPES, Ints, TileTable
 
 _MAX_NAMED = 20
 
@@ -25,7 +25,7 @@ def require_dtypes(
     Raises:
         LayoutError: the message lists every parameter.
     """
-    held = np.zeros((len(parameters), len(DTYPES)), np.bool_)
+    held = np.zeros((len(parameters), len(PINNED_DTYPES)), np.bool_)
     wanted = held.copy()
     held[have.parameter, have.dtype] = True
     wanted[want.parameter, want.dtype] = True
@@ -87,7 +87,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 def _named(dtypes: Ints) -> str:
-    names = [DTYPES[number] or "of the weights' dtype" for number in np.flatnonzero(dtypes)]
+    names = [PINNED_DTYPES[number] or "of the weights' dtype" for number in np.flatnonzero(dtypes)]
     return " and ".join(names)
 
 

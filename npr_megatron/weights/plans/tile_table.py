@@ -19,7 +19,7 @@ from npr_megatron.weights.tiles import Layout, PinnedDtype, RankLayout, Tile
 
 Ints = npt.NDArray[np.int64]
 
-DTYPES: tuple[PinnedDtype | None, ...] = (None, "fp32", "fp8_e4m3")
+PINNED_DTYPES: tuple[PinnedDtype | None, ...] = (None, "fp32", "fp8_e4m3")
 """Pinned dtypes by number."""
 
 
@@ -110,7 +110,7 @@ def _table(
 
 def _dtypes(rank: RankLayout) -> Iterable[int]:
     """Return the dtype of the storage of each tile."""
-    codes = {storage.name: DTYPES.index(storage.dtype) for storage in rank.storages}
+    codes = {storage.name: PINNED_DTYPES.index(storage.dtype) for storage in rank.storages}
     return (codes[tile.storage] for tile in rank.tiles)
 
 

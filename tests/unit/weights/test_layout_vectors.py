@@ -6,25 +6,16 @@ import time
 
 import pytest
 
-from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import LayoutError
+from npr_megatron.planning.models import KNOWN_MODELS
 from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.tiles import Layout
 from tests.unit.weights.oracles import tiny_model
 
 BIG_GROUPS = {"num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128}
 SMALL_GROUPS = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-QWEN3_235B = ModelConfig(
-    family="qwen3_moe",
-    num_hidden_layers=94,
-    hidden_size=4096,
-    intermediate_size=12288,
-    vocab_size=151936,
-    tie_word_embeddings=False,
-    moe=MoeConfig(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536),
-    **BIG_GROUPS,
-)
+QWEN3_235B = KNOWN_MODELS["qwen3-235b-a22b"]
 MEGATRON_ROWS = {1: 151936, 2: 152064, 4: 152064, 8: 152576, 16: 153600}
 """Vocabulary rows that Megatron's scripts give a model of 151,936 tokens, by tp."""
 

@@ -7,24 +7,13 @@ import time
 import numpy as np
 import pytest
 
-from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.config.training import ParallelConfig
+from npr_megatron.planning.models import KNOWN_MODELS
 from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.plans.plan import plan_transfer
 from npr_megatron.weights.proof.verify import verify_transfer
 
-MODEL = ModelConfig(
-    family="qwen3_moe",
-    num_hidden_layers=94,
-    hidden_size=4096,
-    num_attention_heads=64,
-    num_key_value_heads=4,
-    head_dim=128,
-    intermediate_size=12288,
-    vocab_size=151936,
-    tie_word_embeddings=False,
-    moe=MoeConfig(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536),
-)
+MODEL = KNOWN_MODELS["qwen3-235b-a22b"]
 ON_64_GPUS = ParallelConfig(
     tp_size=4,
     pp_size=4,
