@@ -35,6 +35,13 @@ class FinishReason(StrEnum):
     CRITICAL_PATH = "critical_path"  # the critical-path budget is spent
     MALFORMED = "malformed"  # the schema was broken; ``finish_detail`` names the rule
     ABORTED = "aborted"  # a caller or a fault ended it
+    TIMEOUT = "timeout"  # the caller's time was up
+    FAILED = "failed"  # the model gave no distribution (NaN); ``finish_detail`` names the weights
+
+    @property
+    def is_of_policy(self) -> bool:
+        """Whether the policy itself came to this end, so that the end says something about it."""
+        return self not in (FinishReason.ABORTED, FinishReason.TIMEOUT, FinishReason.FAILED)
 
 
 _DTYPES = {

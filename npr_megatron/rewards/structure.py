@@ -42,4 +42,4 @@ def drop_reason(
 
 def is_own_fault(trajectory: Trajectory, reason: str) -> bool:
     """Whether the model itself earned ``reason``: it broke the schema or ran out of budget."""
-    return trajectory.finish is not FinishReason.ABORTED and reason != LAYOUT_MISMATCH
+    return trajectory.finish.is_of_policy and reason != LAYOUT_MISMATCH
