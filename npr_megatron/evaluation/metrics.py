@@ -61,7 +61,8 @@ def evaluate(
         is_faithful: judge of steps and takeaways; None leaves faithfulness out.
 
     Raises:
-        InputError: no trajectories, mixed modes, or a trajectory of an unknown problem.
+        InputError: no trajectories, mixed modes, a trajectory of an unknown problem, or one that
+            the policy did not end itself: it is no mistake, and without it the shares are biased.
     """
     known = {problem.id: problem for problem in problems}
     mode = _common_mode(trajectories, known)
@@ -121,5 +122,15 @@ def _common_mode(trajectories: Sequence[Trajectory], known: dict[str, Problem]) 
         raise InputError(
             f"every rollout must belong to a given problem; found rollouts of {unknown[:5]}; pass "
             "the problems they were asked"
+        )
+    cut = [
+        f"{t.prompt_id} #{t.rollout} ({t.finish})"
+        for t in trajectories
+        if not t.finish.is_of_policy
+    ]
+    if cut:
+        raise InputError(
+            f"every rollout must be ended by the policy itself; found {len(cut)} that were not, "
+            f"first {cut[0]}; measure without time limits and aborts"
         )
     return modes.pop()

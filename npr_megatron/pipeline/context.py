@@ -13,7 +13,7 @@ from npr_megatron.config.training import OptimizerConfig
 from npr_megatron.data.problems import Problem
 from npr_megatron.data.prompts import PromptBuilder
 from npr_megatron.data.tokenizer import Tokenizer
-from npr_megatron.errors import InputError
+from npr_megatron.errors import DivergenceError, InputError
 from npr_megatron.evaluation.metrics import FaithfulCheck
 from npr_megatron.observability.metrics import MetricsLog
 from npr_megatron.pipeline.folder import RunFolder
@@ -21,7 +21,7 @@ from npr_megatron.pipeline.ports import SampleSource, Trainer
 from npr_megatron.pipeline.versions import weight_version
 from npr_megatron.records.randomness import derive_seed
 from npr_megatron.records.request import GenerationRequest
-from npr_megatron.records.trajectory import DecodeMode, Trajectory
+from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
 from npr_megatron.report.live import LiveView
 from npr_megatron.report.tree import trajectory_tree
 from npr_megatron.rewards.reading import Reader
@@ -120,6 +120,24 @@ class RunContext:
                 for rollout in rollouts
             ]
         return found
+
+    def decode(self, requests: Sequence[GenerationRequest]) -> list[Trajectory]:
+        """Return what the fleet decodes for ``requests``, fit to learn from and to measure.
+
+        Raises:
+            DivergenceError: the weights gave no distribution for some request. An engine goes on
+                serving then, a run must not: training on the rest would hide it.
+        """
+        trajectories = self.fleet.generate(requests)
+        failed = [t for t in trajectories if t.finish is FinishReason.FAILED]
+        if failed:
+            first = failed[0]
+            raise DivergenceError(
+                f"{len(failed)} of {len(trajectories)} rollouts got no distribution from the model "
+                f"({first.prompt_id} #{first.rollout}: {first.finish_detail}); go back to an "
+                "earlier checkpoint and lower the learning rate"
+            )
+        return trajectories
 
     def _room_behind(self, problem: Problem, prompt_ids: Sequence[int]) -> int:
         room = self.config.trainer.row_tokens - len(prompt_ids)

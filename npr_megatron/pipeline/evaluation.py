@@ -44,7 +44,7 @@ def _quality(
     requests = context.requests(
         f"evaluation/{stage}/{mode}", chosen, mode, range(settings.rollouts_per_problem)
     )
-    trajectories = context.fleet.generate(requests)
+    trajectories = context.decode(requests)
     if mode is DecodeMode.PARALLEL:
         context.keep_sample(
             stage,

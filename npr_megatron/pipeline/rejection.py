@@ -82,9 +82,7 @@ def accept_round(
         )
         trials += len(requests)
         still_open = []
-        for problem, trajectory in zip(
-            open_problems, context.fleet.generate(requests), strict=True
-        ):
+        for problem, trajectory in zip(open_problems, context.decode(requests), strict=True):
             verdict = score_zero(trajectory, problem.answer, context.reader)
             if verdict.is_valid and verdict.is_correct:
                 accepted.append(trajectory)

@@ -96,7 +96,7 @@ def rollout(
     chosen = problems.problems_for_step(recipe.stage, step, recipe.settings.prompts_per_step)
     width = recipe.settings.rollouts_per_prompt
     purpose = f"{recipe.stage}/{step}"
-    flat = context.fleet.generate(context.requests(purpose, chosen, recipe.mode, range(width)))
+    flat = context.decode(context.requests(purpose, chosen, recipe.mode, range(width)))
     return chosen, [flat[start : start + width] for start in range(0, len(flat), width)]
 
 

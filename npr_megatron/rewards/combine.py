@@ -54,13 +54,17 @@ class Score:
 
 
 def score_zero(trajectory: Trajectory, answer: str, reader: Reader) -> Score:
-    """Judge a rollout of stage ZERO: the format first, then the answer."""
+    """Judge a rollout of stage ZERO: the format first, then the answer.
+
+    Only what the policy did not end itself is dropped: its format is cut short by others.
+    """
     reading = reader.read(trajectory.response_ids)
     is_correct = is_right(reading, answer)
     return Score(
         format_score=reading.format_score,
         is_correct=is_correct,
         reward=_sign(is_correct) if reading.is_valid else reading.format_score + WRONG,
+        drop_reason="" if trajectory.finish.is_of_policy else trajectory.finish.value,
     )
 
 
@@ -76,7 +80,7 @@ def score_npr(
 
     With ``malformed="wrong"`` a rollout that the model broke or did not end counts as a wrong
     answer instead of being dropped; what the engine placed elsewhere than the layout rule, or what
-    was aborted, is dropped all the same.
+    did not end by itself (aborted, out of time, no distribution), is dropped all the same.
     """
     reading = reader.read(trajectory.response_ids)
     reason = drop_reason(trajectory, reader.vocabulary, convention)

@@ -10,7 +10,7 @@ from npr_megatron.data.problems import Problem
 from npr_megatron.data.sums import is_faithful
 from npr_megatron.errors import InputError
 from npr_megatron.evaluation.metrics import evaluate
-from npr_megatron.records.trajectory import DecodeMode
+from npr_megatron.records.trajectory import DecodeMode, FinishReason
 from tests.unit.rewards.rollouts import ANSWER, GOOD, HEAD, PLAIN, QUESTION, reader, rollout
 
 PROBLEM = Problem(id="p", question=QUESTION, answer=ANSWER)
@@ -92,4 +92,13 @@ def test_an_evaluation_is_plain_json():
 )
 def test_what_cannot_be_measured_is_refused(rollouts, message):
     with pytest.raises(InputError, match=message):
+        evaluate(rollouts, [PROBLEM], reader())
+
+
+@pytest.mark.parametrize(
+    "finish", [FinishReason.ABORTED, FinishReason.TIMEOUT, FinishReason.FAILED]
+)
+def test_rollouts_that_others_cut_short_are_no_mistakes_of_the_policy(finish):
+    rollouts = [rollout(GOOD), rollout(HEAD, finish=finish)]
+    with pytest.raises(InputError, match=f"found 1 that were not, first p #0 \\({finish}\\)"):
         evaluate(rollouts, [PROBLEM], reader())

@@ -23,6 +23,7 @@ from tests.unit.rewards.rollouts import (
 )
 
 SEQUENTIAL = DecodeMode.SEQUENTIAL
+OF_OTHERS = (FinishReason.ABORTED, FinishReason.TIMEOUT, FinishReason.FAILED)
 WRONG = GOOD.replace("\\boxed{3,7}", "\\boxed{3,8}")
 NO_TAKEAWAY = HEAD + STEPS + "\\boxed{3,7}<eos>"
 NO_BOX = HEAD + STEPS + "<takeaway>\n3,7</takeaway>\n3,7<eos>"
@@ -37,9 +38,16 @@ def test_npr_can_count_malformed_rollouts_as_wrong_whatever_their_answer():
 
 def test_faults_that_are_not_the_models_are_dropped_even_where_malformed_counts_as_wrong():
     misplaced = rollout(GOOD, SEQUENTIAL)
-    aborted = dataclasses.replace(rollout(NO_TAKEAWAY), finish=FinishReason.ABORTED)
-    for trajectory in (misplaced, aborted):
+    cut_short = [dataclasses.replace(rollout(NO_TAKEAWAY), finish=finish) for finish in OF_OTHERS]
+    for trajectory in (misplaced, *cut_short):
         assert not score_npr(trajectory, ANSWER, reader(), malformed="wrong").kept
+
+
+@pytest.mark.parametrize("finish", OF_OTHERS)
+def test_zero_learns_nothing_from_what_others_cut_short(finish):
+    score = score_zero(rollout(HEAD, SEQUENTIAL, finish=finish), ANSWER, reader())
+    assert (score.kept, score.drop_reason) == (False, finish.value)
+    assert score_zero(rollout(HEAD, SEQUENTIAL), ANSWER, reader()).kept, "out of budget: its own"
 
 
 @pytest.mark.parametrize(("response", "reward"), [(GOOD, 1.0), (WRONG, -1.0)])
@@ -79,6 +87,8 @@ def test_npr_drops_malformed_rollouts_instead_of_punishing_them():
         (FinishReason.LENGTH, "", "length"),
         (FinishReason.CRITICAL_PATH, "", "critical_path"),
         (FinishReason.ABORTED, "", "aborted"),
+        (FinishReason.TIMEOUT, "", "timeout"),
+        (FinishReason.FAILED, "weight version 9 gave NaN", "weight version 9 gave NaN"),
         (FinishReason.MALFORMED, "step_count", "step_count"),
     ],
 )
