@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npr_megatron.engine.pool import SlotPool
+from npr_megatron.engine.memory.pool import NO_PARENT, SlotPool
 from npr_megatron.errors import EnvironmentFault
 from tests.structures import QUICK
 
@@ -41,9 +41,96 @@ def test_slot_zero_is_never_handed_out() -> None:
 def test_a_row_that_lends_cannot_be_closed() -> None:
     pool = SlotPool(8)
     trunk = pool.open_row(None, 8)
-    pool.open_row(trunk, 8)
+    pool.append(trunk, 2)
+    branch = pool.open_row(trunk, 8)
     with pytest.raises(AssertionError, match="borrow"):
         pool.close(trunk)
+    pool.close(branch)
+    pool.close(trunk)
+    assert (pool.num_free, pool.num_rows) == (8, 0)
+
+
+def test_a_row_is_closed_once() -> None:
+    pool = SlotPool(8)
+    row = pool.open_row(None, 8)
+    pool.append(row, 2)
+    pool.close(row)
+    with pytest.raises(AssertionError, match="not open"):
+        pool.close(row)
+    assert pool.num_free == 8
+
+
+def test_a_row_may_borrow_a_beginning_only() -> None:
+    pool = SlotPool(16)
+    first = pool.open_row(None, 8)
+    slots = pool.append(first, 6).tolist()
+    second = pool.open_row(first, 8, length=4)
+    own = pool.append(second, 3).tolist()
+    assert pool.read(second).tolist() == slots[:4] + own
+    assert (pool.parent[second], pool.own_start[second]) == (first, 4)
+    pool.check_integrity()
+    with pytest.raises(AssertionError, match="6 tokens was asked to lend 7"):
+        pool.open_row(first, 8, length=7)
+
+
+def test_a_row_that_lends_nothing_may_be_closed() -> None:
+    pool = SlotPool(8)
+    empty, full = pool.open_row(None, 8), pool.open_row(None, 8)
+    pool.append(full, 2)
+    rows = [pool.open_row(empty, 8), pool.open_row(full, 8, length=0)]
+    assert pool.parent[rows].tolist() == [NO_PARENT, NO_PARENT]
+    pool.close(empty)
+    pool.close(full)
+    pool.check_integrity()
+
+
+def test_a_split_row_reads_what_it_read_and_lends_its_first_half() -> None:
+    pool = SlotPool(32)
+    root = pool.open_row(None, 8)
+    pool.append(root, 2)
+    row = pool.open_row(root, 8)
+    pool.append(row, 5)
+    before = pool.read(row).tolist()
+    upper = pool.split(row, 4)
+    other = pool.open_row(upper, 8)
+    pool.append(other, 1)
+    pool.check_integrity()
+    assert pool.read(row).tolist() == before
+    assert pool.read(upper).tolist() == before[:4]
+    assert pool.read_own(row).tolist() == before[4:]
+    assert pool.read_own(upper).tolist() == before[2:4]
+    assert pool.num_free == 32 - 8
+    for closed in (row, other, upper, root):
+        pool.close(closed)
+    assert pool.num_free == 32
+
+
+@pytest.mark.parametrize("length", [0, 2, 7])
+def test_a_row_is_split_within_what_it_owns(length: int) -> None:
+    pool = SlotPool(16)
+    root = pool.open_row(None, 8)
+    pool.append(root, 2)
+    row = pool.open_row(root, 8)
+    pool.append(row, 5)
+    with pytest.raises(AssertionError, match="owns slots 2 to 7"):
+        pool.split(row, length)
+
+
+def test_padding_reads_slot_zero_only() -> None:
+    """Stale entries would let a row read keys and values that a later owner of a slot spoils."""
+    pool = SlotPool(64)
+    trunk = pool.open_row(None, 16)
+    pool.append(trunk, 3)
+    branches = [pool.open_row(trunk, 16) for _ in range(3)]
+    for branch in branches:
+        pool.append(branch, 4)
+    pool.absorb(trunk, branches[:2])
+    pool.close(branches[2])
+    pool.close(trunk)
+    rows = [pool.open_row(None, 100) for _ in range(40)]
+    pool.append(rows[7], 1)
+    beyond = np.arange(pool.table.shape[1]) >= pool.length[:, None]
+    assert not pool.table[beyond].any()
 
 
 def test_an_exhausted_pool_says_what_to_raise() -> None:
@@ -61,6 +148,37 @@ def test_the_integrity_check_sees_a_slot_with_two_owners() -> None:
     pool.append(second, 2)
     pool.table[second, 1] = pool.table[first, 0]
     with pytest.raises(AssertionError, match="owners"):
+        pool.check_integrity()
+
+
+def test_the_integrity_check_sees_a_slot_that_was_freed_twice() -> None:
+    pool = SlotPool(8)
+    first, second = pool.open_row(None, 8), pool.open_row(None, 8)
+    pool.append(first, 2)
+    pool.append(second, 2)
+    pool.close(second)
+    pool.own_start[first] = 1  # forgets one: neither free nor owned
+    with pytest.raises(AssertionError, match=r"have .0. owners"):
+        pool.check_integrity()
+    pool.own_start[first] = 0
+    pool.table[first, 0] = pool.table[first, 1]  # the same twice in one row
+    with pytest.raises(AssertionError, match="owners"):
+        pool.check_integrity()
+    pool.close(first)  # one slot is freed twice, another never
+    with pytest.raises(AssertionError, match=r"have .[02], [02]. owners"):
+        pool.check_integrity()
+
+
+def test_the_integrity_check_sees_a_row_that_borrows_from_another_than_its_parent() -> None:
+    pool = SlotPool(8)
+    trunk, other = pool.open_row(None, 8), pool.open_row(None, 8)
+    pool.append(trunk, 2)
+    branch = pool.open_row(trunk, 8)
+    pool.parent[branch] = other
+    with pytest.raises(AssertionError, match="number of borrowers"):
+        pool.check_integrity()
+    pool.close(other)
+    with pytest.raises(AssertionError, match=r"rows .2. borrow from rows that are closed"):
         pool.check_integrity()
 
 
