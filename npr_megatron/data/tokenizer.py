@@ -20,6 +20,11 @@ _HOW_TO_ADD_TAGS = (
     "`npr add-tags MODEL_FOLDER NEW_FOLDER` places the tags in spare rows"
 )
 
+_BROKEN = "\ufffd"
+"""What part of a character decodes to."""
+_LONGEST_CHARACTER = 8
+"""Ids after which what is no character yet will be none."""
+
 
 class Tokenizer:
     """Text to ids and back, and the vocabulary the grammar needs."""
@@ -66,8 +71,53 @@ class Tokenizer:
         return self._rust.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Return the text of each id by itself, for views that show tokens one by one."""
-        return self._rust.decode_batch([[int(i)] for i in ids], skip_special_tokens=False)
+        """Return the text of each id, for views that show tokens one by one.
+
+        The text of a character that is spread over several ids is given to the last of them.
+        """
+        known = [int(i) for i in ids]
+        texts: list[str] = self._rust.decode_batch([[i] for i in known], skip_special_tokens=False)
+        if not any(_BROKEN in text for text in texts):
+            return texts
+        run: list[int] = []
+        for index, text in enumerate(texts):
+            if _BROKEN not in text:
+                run.clear()  # what stands there was no character
+                continue
+            if len(run) == _LONGEST_CHARACTER:
+                run.clear()
+            run.append(index)
+            whole = self.decode(known[i] for i in run)
+            if not whole.endswith(_BROKEN):
+                for earlier in run:
+                    texts[earlier] = ""
+                texts[index] = whole
+                run.clear()
+        return texts
+
+
+class TextStream:
+    """Text of one stream of ids as they come.
+
+    Example, in a byte-level tokenizer that spells the sign for "for all" with two ids::
+
+        stream.add(5) == ""; stream.add(6) == "\\u2200"
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._pending: list[int] = []
+
+    def add(self, token_id: int) -> str:
+        """Return the text that ``token_id`` completes: nothing in the middle of a character."""
+        text = self._tokenizer.decode([token_id])
+        if _BROKEN in text:
+            self._pending.append(token_id)
+            text = self._tokenizer.decode(self._pending)
+            if text.endswith(_BROKEN) and len(self._pending) < _LONGEST_CHARACTER:
+                return ""
+        self._pending.clear()
+        return text
 
 
 def load_tokenizer(folder: str | Path, *, max_plans: int = 5) -> Tokenizer:

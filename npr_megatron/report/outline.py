@@ -8,7 +8,8 @@ space between boxes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -80,16 +81,11 @@ def outline(trajectory: Trajectory, pieces: Sequence[str]) -> tuple[Box, ...]:
             f"{len(pieces)} decoded pieces; decode every token once"
         )
     start = trajectory.prompt_length
-    positions = trajectory.position_ids.tolist()
-    scan = _Scan()
-    previous = (0, 0)
-    for index in range(start, len(pieces)):
-        place = (int(trajectory.block[index]), int(trajectory.branch[index]))
-        if place != previous:
-            scan.leave_branch()
-        previous = place
-        is_end = index == len(pieces) - 1 and trajectory.finish is FinishReason.STOP
-        scan.take("" if is_end else pieces[index], positions[index])
+    texts = list(pieces)
+    if trajectory.finish is FinishReason.STOP and len(texts) > start:
+        texts[-1] = ""  # the end token
+    places = zip(trajectory.block.tolist(), trajectory.branch.tolist(), strict=True)
+    tokens = zip(texts, trajectory.position_ids.tolist(), places, strict=True)
     prompt = Box(
         kind=BoxKind.PROMPT,
         text="".join(pieces[:start]).strip(),
@@ -97,7 +93,23 @@ def outline(trajectory: Trajectory, pieces: Sequence[str]) -> tuple[Box, ...]:
         first_position=0,
         last_position=max(start - 1, 0),
     )
-    return (prompt, *scan.finish())
+    return (prompt, *boxes_of(itertools.islice(tokens, start, None)))
+
+
+def boxes_of(tokens: Iterable[tuple[str, int, tuple[int, int]]]) -> tuple[Box, ...]:
+    """Return the top-level boxes of a response, which may still be growing.
+
+    Args:
+        tokens: (text, position, (block, branch)) in linear order: trunk, branch 1, ..., trunk.
+    """
+    scan = _Scan()
+    previous = (0, 0)
+    for text, position, place in tokens:
+        if place != previous:
+            scan.leave_branch()
+        previous = place
+        scan.take(text, position)
+    return scan.finish()
 
 
 @dataclass(slots=True)

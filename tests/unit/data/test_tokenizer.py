@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from npr_megatron.data.sums_tokenizer import SUMS_TOKENS
-from npr_megatron.data.tokenizer import load_tokenizer
+from npr_megatron.data.tokenizer import TextStream, load_tokenizer
 from npr_megatron.errors import InputError
 from npr_megatron.schema.tags import Tag
 
@@ -46,6 +47,42 @@ def test_decode_keeps_special_tokens_and_pieces_join_to_the_text(sums):
     assert sums.decode(ids) == TEXT
     assert "".join(sums.pieces(ids)) == TEXT
     assert sums.decode([sums.num_tokens + 3]) == ""
+
+
+@pytest.fixture(scope="module")
+def of_bytes(tmp_path_factory):
+    """A tokenizer in which every byte is an id: each character beyond ASCII takes several."""
+    folder = tmp_path_factory.mktemp("bytes")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    rust = RustTokenizer(models.BPE({sign: i for i, sign in enumerate(alphabet)}, []))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rust.decoder = decoders.ByteLevel()
+    rust.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in Tag])
+    rust.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
+    rust.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(folder)
+
+
+def test_a_character_of_several_ids_appears_with_its_last_id(of_bytes):
+    text = "<step>\n1: \u2200x \u2208 \U0001d53d\u2082</step>"
+    ids = of_bytes.encode(text)
+    pieces = of_bytes.pieces(ids)
+    assert "".join(pieces) == text
+    assert [piece for piece in pieces if piece][-3:] == ["\U0001d53d", "\u2082", "</step>"]
+    stream = TextStream(of_bytes)
+    assert [stream.add(token_id) for token_id in ids] == pieces
+
+
+def test_bytes_that_are_no_character_hide_no_tag(of_bytes):
+    broken = of_bytes.encode("\u2200")[:2]
+    ids = [*broken, of_bytes.vocabulary.step_close, *broken * 8]
+    assert of_bytes.pieces(ids)[2] == "</step>"
+    stream = TextStream(of_bytes)
+    texts = [stream.add(token_id) for token_id in ids]
+    assert texts[2] == "</step>"
+    assert "\ufffd" in "".join(texts[3:])  # shown in the end, not kept back for ever
 
 
 def test_max_plans_decides_how_many_headers_are_spelt(sums_folder):
