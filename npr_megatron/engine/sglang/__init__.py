@@ -1,0 +1,1 @@
+"""NPR Engine on SGLang, by its official plugin seams."""
