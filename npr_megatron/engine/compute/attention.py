@@ -37,9 +37,9 @@ class PooledAttention:
         self._slots = slots
         self._groups = groups
 
-    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         cache = self._kv_cache[layer]
-        cache.index_copy_(0, self._slots, torch.cat((keys, values), dim=1))
+        cache.index_copy_(0, self._slots, keys_values)
         outputs = [_attend_group(group, queries, cache) for group in self._groups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -77,14 +77,17 @@ class DenseAttention:
     def __init__(self, visible: Tensor) -> None:
         self._visible = visible
 
-    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         num_rows, _, length, _ = self._visible.shape
         num_q, head = queries.shape[1:]
-        num_kv = keys.shape[1]
+        num_kv = keys_values.shape[1] // 2
+        keys, values = (
+            keys_values.unflatten(0, (num_rows, length)).transpose(1, 2).split(num_kv, dim=1)
+        )
         out = F.scaled_dot_product_attention(
-            queries.view(num_rows, length, num_q, head).transpose(1, 2),
-            keys.view(num_rows, length, num_kv, head).transpose(1, 2),
-            values.reshape(num_rows, length, num_kv, head).transpose(1, 2),
+            queries.unflatten(0, (num_rows, length)).transpose(1, 2),
+            keys,
+            values,
             attn_mask=self._visible,
             enable_gqa=num_q != num_kv,
         )
