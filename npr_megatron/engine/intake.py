@@ -12,6 +12,7 @@ from torch import Tensor
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.records.request import GenerationRequest
+from npr_megatron.weights.quantise import QUANTISED
 
 
 def request_problems(
@@ -55,13 +56,20 @@ def request_problems(
 
 
 def weight_problems(given: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> list[str]:
-    """Return one sentence for each storage that is missing, unknown or of another shape."""
+    """Return one sentence for each storage that is missing, unknown, of another shape, or of another
+    dtype where casting would lose the scales.
+    """
     problems = [f"storage {name} is missing" for name in sorted(live.keys() - given.keys())]
     problems += [f"storage {name} is unknown" for name in sorted(given.keys() - live.keys())]
     problems += [
         f"storage {name} has shape {tuple(given[name].shape)}, expected {tuple(live[name].shape)}"
         for name in sorted(live.keys() & given.keys())
         if given[name].shape != live[name].shape
+    ]
+    problems += [
+        f"storage {name} is {given[name].dtype}, expected {QUANTISED} with its scales"
+        for name in sorted(live.keys() & given.keys())
+        if live[name].dtype == QUANTISED and given[name].dtype != QUANTISED
     ]
     return problems
 
@@ -71,5 +79,12 @@ def unfit_numbers(weights: Mapping[str, Tensor]) -> list[str]:
     return [
         f"storage {name} of shape {tuple(tensor.shape)} holds NaN or infinity"
         for name, tensor in sorted(weights.items())
-        if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
+        if not _is_finite(tensor)
     ]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype == QUANTISED:
+        # e4m3 has no infinity, and the bits of a NaN are all ones but for the sign.
+        return int(tensor.view(torch.uint8).bitwise_left_shift(1).max()) != 0xFE
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())

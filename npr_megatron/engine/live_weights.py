@@ -8,7 +8,7 @@ the engine's business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,10 +17,22 @@ from npr_megatron.engine.intake import unfit_numbers, weight_problems
 from npr_megatron.errors import DivergenceError, LayoutError, StaleWeightsError
 
 
-class LiveWeights:
-    """Live storages, their version, and their shadow."""
+def _alone(version: int) -> None:
+    """Agree to ``version``: there is nobody else to ask."""
 
-    def __init__(self, storages: Mapping[str, Tensor]) -> None:
+
+class LiveWeights:
+    """Live storages, their version, and their shadow.
+
+    Args:
+        agree: called with a version that this rank is about to take over; raises, and so keeps it
+            from doing so, if another rank of the same engine cannot.
+    """
+
+    def __init__(
+        self, storages: Mapping[str, Tensor], agree: Callable[[int], None] = _alone
+    ) -> None:
+        self._agree = agree
         self.storages = dict(storages)
         """By name; never replaced by other tensors."""
         self.version = -1
@@ -38,6 +50,7 @@ class LiveWeights:
         if problems := weight_problems(weights, self.storages):
             raise LayoutError("\n".join(problems))
         _require_finite(weights, f"version {version} was to be loaded")
+        self._agree(version)
         self._copy(weights, version)
 
     def staging(self) -> dict[str, Tensor]:
@@ -74,6 +87,11 @@ class LiveWeights:
             )
         if not self._is_sealed:
             self.seal()
+        self._agree(version)
+        self.take(version)
+
+    def take(self, version: int) -> None:
+        """Copy the sealed shadow over the live storages, whatever their version."""
         self._copy(self._shadow, version)
 
     @torch.inference_mode()
