@@ -68,7 +68,9 @@ class Ranks:
                 backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout
             )
             tensors = dist.group.WORLD
-            votes = tensors if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+            votes = (
+                tensors if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+            )
             commands = dist.new_group(backend="gloo", timeout=_NO_DEADLINE)
         except RuntimeError as error:
             raise EnvironmentFault(

@@ -13,6 +13,7 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.compute.attention import PooledAttention
 from npr_megatron.engine.compute.device_batch import to_device
 from npr_megatron.engine.compute.model import EngineModel
+from npr_megatron.engine.compute.ranks import Ranks
 from npr_megatron.engine.compute.sampler import policy_logprobs
 from npr_megatron.engine.compute.scoring import score
 from npr_megatron.engine.schedule.batch import Batch
@@ -41,16 +42,33 @@ class Runner(Protocol):
         """Zero the keys and values of ``slots``."""
         ...
 
+    def agree(self, version: int) -> None:
+        """Let all ranks of the engine take over weight ``version``; raise if one cannot."""
+        ...
+
 
 class LocalRunner:
-    """One device, one process."""
+    """One device, one process.
+
+    Args:
+        ranks: those that the model is cut over; this one holds its shard. None for all of it.
+    """
 
     def __init__(
-        self, model: ModelConfig, config: EngineConfig, device: str | torch.device = "cpu"
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        device: str | torch.device = "cpu",
+        ranks: Ranks | None = None,
     ) -> None:
         self.device = torch.device(device)
         self._model = EngineModel(
-            model, num_slots=config.num_kv_slots, dtype=DTYPES[config.dtype], device=self.device
+            model,
+            num_slots=config.num_kv_slots,
+            dtype=DTYPES[config.dtype],
+            device=self.device,
+            weights=config.weights,
+            ranks=ranks,
         )
         self.weights = self._model.weights
 
@@ -73,3 +91,6 @@ class LocalRunner:
         index = torch.as_tensor(slots, dtype=torch.int64, device=self.device)
         for cache in self._model.kv_cache:
             cache.index_fill_(0, index, 0)
+
+    def agree(self, version: int) -> None:
+        """Agree: there is no other rank."""
