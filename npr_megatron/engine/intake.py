@@ -56,8 +56,8 @@ def request_problems(
 
 
 def weight_problems(given: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> list[str]:
-    """Return one sentence for each storage that is missing, unknown, of another shape, or of another
-    dtype where casting would lose the scales.
+    """Return one sentence for each storage that is missing, unknown, of another shape, or not in
+    FP8 where it must be, with scales.
     """
     problems = [f"storage {name} is missing" for name in sorted(live.keys() - given.keys())]
     problems += [f"storage {name} is unknown" for name in sorted(given.keys() - live.keys())]

@@ -67,17 +67,14 @@ class Ranks:
             dist.init_process_group(
                 backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout
             )
-            tensors = dist.group.WORLD
-            votes = (
-                tensors if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-            )
-            commands = dist.new_group(backend="gloo", timeout=_NO_DEADLINE)
+            tensors = _is_group(dist.group.WORLD)
+            votes = tensors if backend == "gloo" else _gloo_group(timeout)
+            commands = _gloo_group(_NO_DEADLINE)
         except RuntimeError as error:
             raise EnvironmentFault(
                 f"rank {rank} of {size} could not meet the others at {init_method} within "
                 f"{timeout_s} s ({error}); start all ranks with the same address"
             ) from error
-        assert tensors is not None
         return cls(rank, size, timeout_s, tensors, votes, commands)
 
     def leave(self) -> None:
@@ -144,3 +141,12 @@ class Ranks:
             f"{what} among {self.size} ranks of an engine, rank {self.rank} found another gone or "
             f"silent for {self.timeout_s} s ({error}); end all ranks and open the engine anew"
         )
+
+
+def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
+    return _is_group(dist.new_group(backend="gloo", timeout=timeout))
+
+
+def _is_group(group: object) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup), "every rank is in every group"
+    return group
