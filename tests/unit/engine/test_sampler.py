@@ -1,37 +1,59 @@
-"""Sampling: exact inverse CDF, exact nucleus, greedy where the temperature is zero."""
+"""Sampling: exact inverse CDF, exact filters, and no row that feels its neighbours.
+
+``tests/parity/test_sampling_hf.py`` holds filters and penalties against Transformers'.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npr_megatron.engine.sampler import SamplingRows, draw, policy_logprobs
+from npr_megatron.engine.compute.sampler import SamplingRows, draw, policy_logprobs
 from tests.structures import QUICK
 
+Shape = tuple[float, int, float, float]
+"""Temperature, top-k, top-p, min-p."""
+PLAIN: Shape = (1.0, 0, 1.0, 0.0)
+LARGEST = float(np.nextafter(1.0, 0.0))
+SHAPES: list[Shape] = [
+    PLAIN,
+    (0.0, 0, 1.0, 0.0),
+    (0.7, 0, 1.0, 0.0),
+    (1.0, 5, 1.0, 0.0),
+    (1.0, 0, 0.9, 0.0),
+    (1.0, 0, 1.0, 0.05),
+    (1.5, 40, 0.95, 0.02),
+]
 
-def rows(temperature: list[float], top_p: list[float], uniforms: list[float]) -> SamplingRows:
-    return SamplingRows(np.array(temperature), np.array(top_p), np.array(uniforms))
+
+def rows(shapes: Sequence[Shape], uniforms: Sequence[float]) -> SamplingRows:
+    return SamplingRows(np.array(shapes, dtype=np.float64), np.array(uniforms))
 
 
-def slow_draw(logits: list[float], temperature: float, top_p: float, uniform: float) -> int:
-    """One row by plain Python: temperature, nucleus, inverse CDF in id order."""
+def slow_draw(logits: Sequence[float], shape: Shape, uniform: float) -> int:
+    """One row by plain Python: temperature, top-k, top-p, min-p, inverse CDF in id order."""
+    temperature, top_k, top_p, min_p = shape
     if temperature == 0.0:
         return max(range(len(logits)), key=lambda i: (logits[i], -i))
     top = max(logits)
-    mass = [math.exp((x - top) / temperature) for x in logits]
-    total, kept, before = math.fsum(mass), set(), 0.0
-    for i in sorted(range(len(mass)), key=lambda i: (-mass[i], i)):
-        if before < top_p * total or not kept:
-            kept.add(i)
+    mass = {i: math.exp((x - top) / temperature) for i, x in enumerate(logits)}
+    ranked = sorted(mass, key=lambda i: (-mass[i], i))
+    ranked = ranked[: top_k or None]
+    total, kept, before = math.fsum(mass[i] for i in ranked), [], 0.0
+    for i in ranked:
+        if (before < top_p * total or not kept) and mass[i] >= min_p:
+            kept.append(i)
         before += mass[i]
-    weights = [m if i in kept else 0.0 for i, m in enumerate(mass)]
-    point, cumulative = uniform * math.fsum(weights), 0.0
-    for i, weight in enumerate(weights):
-        cumulative += weight
+    point, cumulative = uniform * math.fsum(mass[i] for i in kept), 0.0
+    for i in sorted(kept):
+        cumulative += mass[i]
         if cumulative > point:
             return i
     raise AssertionError("the point lies beyond the total")
@@ -43,31 +65,122 @@ def test_a_mixed_batch_draws_what_a_slow_loop_draws_row_by_row(seed: int) -> Non
     rng = np.random.default_rng(seed)
     logits = (rng.integers(-8, 8, (12, 9)) / 2).astype(np.float32)
     logits += np.arange(9, dtype=np.float32) / 64  # no ties
-    temperature = rng.choice([0.0, 0.5, 1.0, 2.0], 12).tolist()
-    top_p = rng.choice([0.3, 0.9, 1.0], 12).tolist()
+    options = ([0.0, 0.5, 1.0, 2.0], [0, 1, 3, 8, 50], [0.3, 0.9, 1.0], [0.0, 0.13, 1.0])
+    shapes = [tuple(rng.choice(option).item() for option in options) for _ in logits]
     uniforms = rng.random(12).tolist()
-    tokens = draw(policy_logprobs(torch.from_numpy(logits)), rows(temperature, top_p, uniforms))
-    expected = [
-        slow_draw(*row) for row in zip(logits.tolist(), temperature, top_p, uniforms, strict=True)
-    ]
+    tokens = draw(policy_logprobs(torch.from_numpy(logits)), rows(shapes, uniforms))
+    expected = [slow_draw(*row) for row in zip(logits.tolist(), shapes, uniforms, strict=True)]
     assert tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("num_tokens", [2048, 2049, 5000, 6400])
+def test_large_vocabularies_are_searched_block_by_block_to_the_same_end(num_tokens: int) -> None:
+    rng = np.random.default_rng(num_tokens)
+    logits = rng.normal(0.0, 3.0, (24, num_tokens)).astype(np.float32)
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(24)]
+    # A point must be further from the next token than fp32 probabilities are apart.
+    uniforms = np.round(rng.random(24), 3)
+    tokens = draw(torch.from_numpy(logits), rows(shapes, uniforms))
+    expected = [slow_draw(*row) for row in zip(logits.tolist(), shapes, uniforms, strict=True)]
+    assert tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("num_tokens", [9, 512, 5000])
+def test_a_row_is_drawn_alike_alone_and_in_any_company(num_tokens: int) -> None:
+    rng = np.random.default_rng(0)
+    scores = torch.from_numpy(rng.normal(0.0, 3.0, (35, num_tokens)).astype(np.float32))
+    wanted = rows([SHAPES[i % len(SHAPES)] for i in range(35)], rng.random(35))
+    together = draw(scores, wanted).tolist()
+    alone = [draw(scores[i : i + 1], wanted.take(slice(i, i + 1))).item() for i in range(35)]
+    assert alone == together
+    order = rng.permutation(35)
+    shuffled = draw(scores[torch.from_numpy(order)], wanted.take(order)).tolist()
+    assert shuffled == [together[i] for i in order]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(num_threads, 2))
+    try:
+        assert draw(scores, wanted).tolist() == together
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("num_tokens", [500, 6000])
+def test_no_order_of_summation_changes_the_point_at_which_the_next_token_begins(
+    num_tokens: int,
+) -> None:
+    """Weights are multiples of 2^-52, so the CDF of any permutation has the same end, to the bit:
+    a number just below a token's beginning selects the one before, however the sums were taken.
+    """
+    rng = np.random.default_rng(3)
+    scores = torch.from_numpy(rng.normal(0.0, 4.0, (1, num_tokens)).astype(np.float32))
+    weights = torch.softmax(scores, dim=-1)
+    weights = ((weights + 2.0**-29) - 2.0**-29)[0].double().numpy()
+    ends = np.array([math.fsum(weights[: i + 1]) for i in range(num_tokens)])
+    tokens = rng.choice(np.flatnonzero(weights[1:] > 2.0**-30), 40) + 1
+    for token in tokens.tolist():
+        border = ends[token - 1] / ends[-1]
+        while border * ends[-1] >= ends[token - 1]:
+            border = np.nextafter(border, 0.0)
+        below, above = border, np.nextafter(border, 1.0)
+        drawn = [draw(scores, rows([PLAIN], [u])).item() for u in (below, above)]
+        assert drawn[0] < token <= drawn[1]
 
 
 def test_evenly_spread_numbers_give_each_token_its_probability() -> None:
     probs = torch.tensor([0.1, 0.0, 0.25, 0.6, 0.05])
     uniforms = ((np.arange(10_000) + 0.5) / 10_000).tolist()
     logprobs = policy_logprobs(probs.log()).expand(10_000, -1)
-    tokens = draw(logprobs, rows([1.0] * 10_000, [1.0] * 10_000, uniforms))
+    tokens = draw(logprobs, rows([PLAIN] * 10_000, uniforms))
     counts = torch.bincount(tokens, minlength=5)
     assert torch.allclose(counts / 10_000, probs, atol=2e-4)
     assert counts[1] == 0
 
 
-def test_the_largest_number_never_selects_a_token_of_no_mass() -> None:
-    largest = float(np.nextafter(1.0, 0.0))
+@pytest.mark.parametrize("num_padding", [0, 5000])
+def test_the_largest_number_never_selects_a_token_of_no_mass(num_padding: int) -> None:
     logits = torch.tensor([[0.0, 1.0, -math.inf], [-math.inf, 0.0, -math.inf]])
-    assert draw(policy_logprobs(logits), rows([1.0] * 2, [1.0] * 2, [largest] * 2)).tolist() == [
-        1,
-        1,
-    ]
-    assert draw(policy_logprobs(logits), rows([1.0] * 2, [1.0] * 2, [0.0] * 2)).tolist() == [0, 1]
+    logits = torch.nn.functional.pad(logits, (0, num_padding), value=-math.inf)
+    for uniform, expected in ((LARGEST, [1, 1]), (0.0, [0, 1])):
+        assert draw(logits, rows([PLAIN] * 2, [uniform] * 2)).tolist() == expected
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e5])
+def test_the_extremes_of_temperature_stay_finite(temperature: float) -> None:
+    logits = torch.tensor([[3.0, 1e4, -1e4, -math.inf]])
+    tokens = {draw(logits, rows([(temperature, 0, 1.0, 0.0)], [u])).item() for u in (0.0, LARGEST)}
+    assert tokens == ({1} if temperature < 1 else {0, 2})
+
+
+def test_tokens_of_equal_weight_stay_or_go_together() -> None:
+    logits = torch.tensor([[2.0, 0.0, 2.0, 1.0]])
+    for shape in ((1.0, 1, 1.0, 0.0), (1.0, 0, 0.1, 0.0), (1.0, 0, 1.0, 1.0)):
+        drawn = {draw(logits, rows([shape], [u])).item() for u in (0.0, 0.3, 0.6, LARGEST)}
+        assert drawn == {0, 2}
+
+
+@pytest.mark.parametrize("num_tokens", [9, 5000])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_of_nan_disturbs_no_other(shape: Shape, num_tokens: int) -> None:
+    rng = np.random.default_rng(1)
+    scores = torch.from_numpy(rng.normal(0.0, 3.0, (6, num_tokens)).astype(np.float32))
+    wanted = rows([shape] * 6, rng.random(6))
+    expected = draw(scores, wanted)
+    scores[2] = math.nan
+    found = draw(scores, wanted)
+    keep = [0, 1, 3, 4, 5]
+    assert found[keep].tolist() == expected[keep].tolist()
+    assert 0 <= int(found[2]) < num_tokens
+
+
+def test_scores_are_left_as_they_were() -> None:
+    scores = torch.randn(len(SHAPES), 50)
+    before = scores.clone()
+    draw(scores, rows(SHAPES, [0.5] * len(SHAPES)))
+    assert torch.equal(scores, before)
+
+
+def test_logits_and_log_probs_give_the_same_draws() -> None:
+    rng = np.random.default_rng(2)
+    logits = torch.from_numpy(rng.normal(0.0, 3.0, (70, 40)).astype(np.float32))
+    wanted = rows(list(itertools.islice(itertools.cycle(SHAPES), 70)), np.round(rng.random(70), 3))
+    assert draw(logits, wanted).tolist() == draw(policy_logprobs(logits), wanted).tolist()
