@@ -154,6 +154,11 @@ def _precision(config: RunConfig) -> Iterator[str]:
             "copies "
             "bits; set both alike"
         )
+    if engine.weights == "fp8":
+        yield (
+            'engine.weights is "fp8" and a push publishes weights as they are trained; set '
+            '"as_trained" in a run, and serve its result in FP8'
+        )
     if trainer.dtype == "bf16" and config.cluster.gpus_per_trainer == 0:
         yield (
             'trainer.dtype "bf16" needs GPUs and cluster.gpus_per_trainer is 0; '

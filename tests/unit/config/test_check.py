@@ -49,6 +49,7 @@ ONE_RULE_EACH = {
     "beta.mixture.broken=1.0": "BETA learns from accepted rollouts",
     "zero.optimizer.warmup_steps=1000": "leaves nothing of zero.num_steps",
     "evaluation.speed_problems=9999": "is above evaluation.num_problems",
+    "engine.weights=fp8": "a push publishes weights as they are trained",
     "cluster.gpus_per_trainer=0.5": "takes one whole GPU (1) or none (0)",
 }
 
