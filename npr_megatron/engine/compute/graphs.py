@@ -1,0 +1,97 @@
+"""The decode step as CUDA graphs: one launch instead of some fifteen per layer.
+
+A decode step of a small model is bound by launches, not by arithmetic: the host needs longer to ask
+for a kernel than the device to run it. A graph is asked for once. One graph is captured per bucket,
+when the bucket first occurs or ahead of time; all share one memory pool, since no two run at once
+and nothing but the static buffers outlives a replay.
+
+A graph holds addresses, not values. New weights are copied into the live storages in place
+(``LiveWeights``), keys and values into the same pool, so a commit leaves every graph valid and none
+is ever captured again. Whoever replaces a storage by another tensor breaks this, and a test would
+see the old policy (``tests/unit/engine/test_cuda.py``).
+
+Other threads may stage weights on the device while a graph is captured, so only calls of this
+thread are held to the rules of capture.
+
+Numerics: a replay runs the kernels that the eager pass on the same bucket runs, and agrees with it
+bit for bit. Other buckets and the ragged pass take other kernels and other orders of summation; in
+bf16 their log-probs differ in the second or third digit behind the point. So on CUDA, other than on
+a CPU in fp32, the sampled text may depend on which requests share a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from npr_megatron.engine.compute.decode_rows import Bucket, DecodeRows
+from npr_megatron.engine.compute.static_decode import StaticDecode
+
+_WARM_UPS = 2
+"""Passes before a capture: libraries load kernels, choose algorithms and allocate on first use."""
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN, which builds an execution plan for every new shape."""
+
+
+class GraphedDecode:
+    """Captures of a decode step, by bucket. Needs a CUDA device."""
+
+    def __init__(self, decode: StaticDecode) -> None:
+        self._decode = decode
+        self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    @property
+    def num_graphs(self) -> int:
+        """Buckets captured so far."""
+        return len(self._graphs)
+
+    @torch.inference_mode()
+    def run(self, rows: DecodeRows) -> Tensor | None:
+        """Return [M, V] fp32 log-probs, or None where no bucket holds ``rows``."""
+        bucket = self._decode.reader.bucket(rows)
+        if bucket is None:
+            return None
+        if bucket not in self._graphs:
+            self._graphs[bucket] = self._capture(bucket)
+        self._decode.load(rows, bucket)
+        self._graphs[bucket].replay()
+        return self._decode.result(len(rows.logit_index))
+
+    @torch.inference_mode()
+    def capture_ahead(self, longest: int, on_capture: Callable[[int, int], None]) -> None:
+        """Capture every bucket that rows of up to ``longest`` slots may need.
+
+        The largest come first, so that the smaller ones fit into their memory.
+
+        Args:
+            on_capture: called with the number of buckets done and of all.
+        """
+        buckets = self._decode.reader.buckets(longest)
+        for done, bucket in enumerate(buckets, start=1):
+            if bucket not in self._graphs:
+                self._graphs[bucket] = self._capture(bucket)
+            on_capture(done, len(buckets))
+
+    def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
+        """Capture the pass of ``bucket`` over padding; only slot 0 is written meanwhile."""
+        self._decode.load(None, bucket)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with sdpa_kernel(_BACKENDS):
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    self._decode.forward(bucket)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            with torch.cuda.graph(
+                graph,
+                pool=self._memory,
+                stream=self._stream,
+                capture_error_mode="thread_local",
+            ):
+                self._decode.forward(bucket)
+        return graph
