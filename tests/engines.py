@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.engine import Engine
-from npr_megatron.engine.flow import Teacher
-from npr_megatron.engine.model import storage_shapes
+from npr_megatron.engine.flow.flow import Teacher
+from npr_megatron.engine.compute.model import storage_layout
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import DecodeMode, IntArray, Trajectory
 from npr_megatron.schema.tags import Vocabulary
@@ -36,11 +38,11 @@ def random_weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     """Weights large enough that every layer and every token changes the distribution."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: 1.0 + 0.2 * torch.randn(shape, generator=generator)
-        if name.endswith("norm.weight")
-        else torch.randn(shape, generator=generator)
-        * (0.3 if "embed" in name else 1.0 * shape[-1] ** -0.5)
-        for name, shape in storage_shapes(model).items()
+        storage.name: 1.0 + 0.2 * torch.randn(storage.shape, generator=generator)
+        if storage.name.endswith("norm.weight")
+        else torch.randn(storage.shape, generator=generator)
+        * (0.3 if "embed" in storage.name else 1.0 * storage.shape[-1] ** -0.5)
+        for storage in storage_layout(model).ranks[0].storages
     }
 
 
@@ -73,19 +75,24 @@ def tiny_engine(
     vocabulary: Vocabulary = SMALL,
     num_kv_slots: int = 4096,
     max_running: int = 64,
+    max_streams: int = 512,
+    max_step_tokens: int = 2048,
     max_plans: int = 5,
     seed: int = 0,
     kv_after_push: Literal["drop", "recompute", "keep"] = "recompute",
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     """An engine with random weights of version 0 that checks its slots after every step."""
     config = EngineConfig(
         num_kv_slots=num_kv_slots,
         max_running=max_running,
+        max_streams=max_streams,
+        max_step_tokens=max_step_tokens,
         max_plans=max_plans,
         kv_after_push=kv_after_push,
         debug_checks=True,
     )
-    engine = Engine(model, config, vocabulary)
+    engine = Engine(model, config, vocabulary, clock=clock)
     engine.load(random_weights(model, seed) if weights is None else weights)
     return engine
 
@@ -100,9 +107,9 @@ def request_for(
     max_critical_path: int = 400,
     seed: int = 0,
     temperature: float = 1.0,
-    top_p: float = 1.0,
+    **options: Any,
 ) -> GenerationRequest:
-    """A request with the defaults of these tests."""
+    """A request with the defaults of these tests; ``options`` are its other fields."""
     return GenerationRequest(
         prompt_id=prompt_id,
         rollout=rollout,
@@ -112,7 +119,7 @@ def request_for(
         max_critical_path=max_critical_path,
         seed=seed,
         temperature=temperature,
-        top_p=top_p,
+        **options,
     )
 
 
@@ -162,6 +169,29 @@ def drain(engine: Engine) -> list[Trajectory]:
     while engine.num_unfinished:
         finished += engine.step()
     return finished
+
+
+def drain_preempting(
+    engine: Engine, request_ids: Sequence[str], every: int, seed: int = 0
+) -> list[Trajectory]:
+    """Drain; at every so many-th step preempt one of ``request_ids``, whether it runs or waits."""
+    rng, finished, open_ids, num_steps = random.Random(seed), list[Trajectory](), [*request_ids], 0
+    while engine.num_unfinished:
+        num_steps += 1
+        if num_steps % every == 0:
+            engine.preempt(rng.choice(open_ids))
+        for trajectory in engine.step():
+            finished.append(trajectory)
+            open_ids.remove(f"{trajectory.prompt_id}#{trajectory.rollout}")
+    return finished
+
+
+def assert_nothing_is_left(engine: Engine) -> None:
+    """After a drain every slot is free or holds an idle prompt."""
+    engine.check_integrity()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    assert stats.num_kv_slots_held == 0
 
 
 def run_one(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from npr_megatron.config.base import Section
 
@@ -13,10 +13,18 @@ class EngineConfig(Section):
     """One embedded NPR Engine."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
+    weights: Literal["as_trained", "fp8"] = "as_trained"
+    """How the matrices of the layers are kept. ``fp8``: e4m3 with one scale per block of 128 x 128;
+    embedding, norms and head stay in ``dtype``."""
     num_kv_slots: PositiveInt = 65_536
     """Tokens whose keys and values fit."""
     max_running: PositiveInt = 128
     """Trajectories decoded at once."""
+    max_streams: PositiveInt = 512
+    """Streams (trunks and branches) that take a token per step; with more of them open, branches
+    run in waves."""
+    max_step_tokens: PositiveInt = 2048
+    """Tokens per forward pass: longer prompts are computed piece by piece while others decode."""
     max_plans: int = Field(default=5, ge=1, le=9)
     """Largest number of branches per fork."""
     kv_after_push: Literal["drop", "recompute", "keep"] = "drop"
@@ -25,6 +33,15 @@ class EngineConfig(Section):
     and values are computed anew. ``keep``: they keep both."""
     debug_checks: bool = False
     """Verify the slot partition after every step."""
+
+    @model_validator(mode="after")
+    def _branches_fit_a_step(self) -> EngineConfig:
+        if self.max_streams < self.max_plans:
+            raise ValueError(
+                f"max_streams is {self.max_streams}, a fork may open {self.max_plans} branches at "
+                "once; raise max_streams or lower max_plans"
+            )
+        return self
 
 
 class FleetConfig(Section):

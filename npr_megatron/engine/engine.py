@@ -8,46 +8,59 @@ Example::
     trajectories = engine.generate(requests)
 
 One ``step`` admits what fits, inserts forced tokens, runs the model once over everything ragged
-(prompts, forced runs, single tokens), samples all streams together and hands each its token.
-Weights change only between steps.
+(pieces of prompts, forced runs, single tokens), samples all streams together and hands each its
+token. Weights change only between steps.
 
 The engine is single threaded and knows nothing of Ray, tokenizers or text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.engine.attention import PooledAttention
-from npr_megatron.engine.batch import RaggedBatch, assemble
-from npr_megatron.engine.flow import Flow, Stream, Teacher
+from npr_megatron.engine.compute.runner import LocalRunner, Runner
+from npr_megatron.engine.compute.sampler import choose
+from npr_megatron.engine.events import Event, Watcher
+from npr_megatron.engine.flow.flow import Flow, Stream, Teacher
+from npr_megatron.engine.flow.segment import Segment
 from npr_megatron.engine.intake import request_problems
 from npr_megatron.engine.live_weights import LiveWeights
-from npr_megatron.engine.model import EngineModel
-from npr_megatron.engine.pool import SlotPool
-from npr_megatron.engine.sampler import SamplingRows, draw, policy_logprobs
-from npr_megatron.engine.scheduler import Scheduler
-from npr_megatron.engine.scoring import score
-from npr_megatron.engine.segment import Feed
-from npr_megatron.errors import DivergenceError, InputError, StaleWeightsError
-from npr_megatron.records.randomness import uniforms
+from npr_megatron.engine.memory.pool import SlotPool
+from npr_megatron.engine.schedule.batch import assemble
+from npr_megatron.engine.schedule.feed import Feed
+from npr_megatron.engine.schedule.scheduler import Scheduler
+from npr_megatron.engine.schedule.tree import Tree
+from npr_megatron.errors import InputError, StaleWeightsError
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import FinishReason, FloatArray, Trajectory
 from npr_megatron.schema.grammar import Grammar
 from npr_megatron.schema.tags import Vocabulary
-from npr_megatron.weights.storages import DTYPES
 
-_FEED_TOKENS = 1024
-"""Longest feed per pass; longer prompts run in pieces."""
-_REFILL_FEEDS = 16
-"""Trees recomputed per pass after a commit. Both bound memory, not results."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine holds now and has done so far."""
+
+    num_running: int
+    num_waiting: int
+    num_kv_slots_held: int
+    """Keys and values in use [tokens], prompts included."""
+    num_kv_slots_idle: int
+    """Those of prompts that nobody uses now; given up when room is needed."""
+    num_preemptions: int
+    num_replayed_tokens: int
+    """Tokens computed again because of preemptions."""
+    num_prompt_tokens: int
+    """Prompt tokens of admitted requests, all but each prompt's last."""
+    num_cached_prompt_tokens: int
+    """How many of them were in the pool already."""
 
 
 class Engine:
@@ -59,6 +72,8 @@ class Engine:
         vocabulary: ids of tags and of the end token; its index ids beyond ``config.max_plans`` are
             not used.
         device: where storages and cache live.
+        runner: runs the batches; one device of this process by default.
+        clock: seconds, for the timeouts of requests.
     """
 
     def __init__(
@@ -68,56 +83,83 @@ class Engine:
         vocabulary: Vocabulary,
         *,
         device: str | torch.device = "cpu",
+        runner: Runner | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._model = model
         self._config = config
         self._grammar = Grammar(
             replace(vocabulary, index_ids=vocabulary.index_ids[: config.max_plans])
         )
-        self._model = EngineModel(
-            model,
-            num_slots=config.num_kv_slots,
-            dtype=DTYPES[config.dtype],
-            device=torch.device(device),
-        )
+        self._runner = runner or LocalRunner(model, config, device)
+        self._clock = clock
         self._pool = SlotPool(config.num_kv_slots)
-        self._scheduler = Scheduler(self._pool, config.max_running)
-        self._flows: dict[str, Flow] = {}
-        self._aborted: list[Flow] = []
-        self._live = LiveWeights(self._model.weights)
+        self._scheduler = Scheduler(self._pool, config)
+        self._trees: dict[str, Tree] = {}
+        """Every unfinished request."""
+        self._ended: list[Tree] = []
+        """Ended between two steps; the next one returns them."""
+        self._deadlines: dict[str, float] = {}
+        self._watchers: dict[str, tuple[Watcher, Callable[[Event], None]]] = {}
+        self._live = LiveWeights(self._runner.weights, self._runner.agree)
 
     # Requests
 
     @property
     def num_unfinished(self) -> int:
         """Trajectories that a later ``step`` will return."""
-        return len(self._flows)
+        return len(self._trees)
 
-    @property
-    def num_kv_slots_used(self) -> int:
-        """Resident keys and values [tokens], prompts included."""
-        return self._pool.num_slots - self._pool.num_free
+    def stats(self) -> EngineStats:
+        """Return what the engine holds and has done."""
+        scheduler, counts = self._scheduler, self._scheduler.counts
+        num_idle = scheduler.prefixes.idle_slots
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_kv_slots_held=self._pool.num_slots - self._pool.num_free - num_idle,
+            num_kv_slots_idle=num_idle,
+            num_preemptions=counts.preemptions,
+            num_replayed_tokens=counts.replayed_tokens,
+            num_prompt_tokens=counts.prompt_tokens,
+            num_cached_prompt_tokens=counts.cached_prompt_tokens,
+        )
 
-    def add(self, request: GenerationRequest, teacher: Teacher | None = None) -> None:
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` unless every slot is free or has exactly one owner."""
+        self._pool.check_integrity()
+        self._scheduler.prefixes.check_integrity()
+
+    def add(
+        self,
+        request: GenerationRequest,
+        teacher: Teacher | None = None,
+        listener: Callable[[Event], None] | None = None,
+    ) -> None:
         """Queue a request.
 
         Args:
             teacher: overrides sampled tokens by (block, branch, index in the stream), or keeps them
                 with None; log-probs stay those of the model. For replaying known trajectories,
                 tests and benchmarks.
+            listener: told after each step what happened to the request.
 
         Raises:
             InputError: the request can never be served; lists every reason.
         """
-        problems = request_problems(request, self._model.config, self._config)
-        if request.request_id in self._flows:
+        problems = request_problems(request, self._model, self._config)
+        if request.request_id in self._trees:
             problems.append(
                 "a request of this id is unfinished; wait for it or use another rollout"
             )
         if problems:
             raise InputError("\n".join(f"request {request.request_id}: {x}" for x in problems))
         flow = Flow(request, self._grammar, self._grammar.vocabulary.eos, teacher)
-        self._flows[request.request_id] = flow
-        self._scheduler.submit(flow)
+        self._trees[request.request_id] = self._scheduler.submit(flow)
+        if request.timeout_s is not None:
+            self._deadlines[request.request_id] = self._clock() + request.timeout_s
+        if listener is not None:
+            self._watchers[request.request_id] = (Watcher(), listener)
 
     def abort(self, request_id: str) -> None:
         """End a request; the next ``step`` returns what it has generated, finished as ABORTED.
@@ -125,18 +167,20 @@ class Engine:
         Raises:
             InputError: no unfinished request has this id.
         """
-        flow = self._flows.get(request_id)
-        if flow is None:
-            raise InputError(
-                f"request {request_id} was to be aborted, but it is none of the {len(self._flows)} "
-                "unfinished ones; abort a request once, before it is returned"
-            )
-        if flow.finish is not None:
-            return
-        if flow in self._scheduler.waiting:
-            self._scheduler.drop_waiting(flow)
-            self._aborted.append(flow)
-        flow.finish = FinishReason.ABORTED
+        self._end(self._tree(request_id, "aborted"), FinishReason.ABORTED)
+
+    def preempt(self, request_id: str) -> None:
+        """Take the slots of a running request; its tokens stay, and it goes on when there is room.
+
+        For operators who want the memory for others, and for tests; a request that waits is left as
+        it is.
+
+        Raises:
+            InputError: no unfinished request has this id.
+        """
+        tree = self._tree(request_id, "preempted")
+        if tree in self._scheduler.running:
+            self._scheduler.preempt(tree)
 
     def generate(
         self,
@@ -151,20 +195,8 @@ class Engine:
         Raises:
             InputError: a request is refused, or earlier ones are unfinished; nothing was decoded.
         """
-        if self._flows:
-            raise InputError(
-                f"generate was called with {len(self._flows)} requests unfinished; "
-                "drain them with step()"
-            )
-        try:
-            for request in requests:
-                self.add(request)
-        except InputError:
-            for flow in self._flows.values():
-                self._scheduler.drop_waiting(flow)
-            self._flows.clear()
-            raise
         finished: dict[str, Trajectory] = {}
+        self._add_all(requests, None)
         while self.num_unfinished:
             for trajectory in self.step():
                 finished[f"{trajectory.prompt_id}#{trajectory.rollout}"] = trajectory
@@ -172,34 +204,50 @@ class Engine:
                     on_finish(trajectory)
         return [finished[request.request_id] for request in requests]
 
+    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Event]:
+        """Decode ``requests`` and yield what happens, in order, until all have ended.
+
+        An iterator that is closed early aborts what is unfinished.
+
+        Raises:
+            InputError: a request is refused, or earlier ones are unfinished; nothing was decoded.
+        """
+        events: list[Event] = []
+        self._add_all(requests, events.append)
+        try:
+            while self.num_unfinished:
+                self.step()
+                yield from events
+                events.clear()
+        finally:  # left early: the engine is as free as before
+            for request_id in self._trees:
+                self.abort(request_id)
+            while self.num_unfinished:
+                self.step()
+
     @torch.inference_mode()
     def step(self) -> list[Trajectory]:
-        """Advance every running trajectory by one token per stream; return those that ended.
+        """Advance the running trajectories by up to one token per stream; return those that ended.
 
         Raises:
             StaleWeightsError: no weights were loaded.
-            DivergenceError: the weights give NaN; the engine is of no further use.
         """
         self._require_weights()
-        finished = self._aborted + self._scheduler.drop_finished()
-        self._aborted = []
-        feeds = self._run_ahead(self._scheduler.admit())
-        streams: list[Stream] = []
-        for flow in self._scheduler.running:
-            # A stream opened by expand is fed by its feed, not as a single token: take the list
-            # from before.
-            decoding = flow.decoding
-            feeds += flow.expand(self._pool, self.weight_version)
-            if flow.finish is None:
-                streams += decoding
-        if streams or feeds:
-            self._decode(assemble(streams, feeds, self._pool, self._model.device))
-        finished += self._scheduler.drop_finished()
+        self._end_overdue()
+        ended, self._ended = self._ended + self._scheduler.drop_finished(), []
+        plan = self._scheduler.plan()
+        if plan.streams or plan.feeds:
+            self._compute(plan.streams, plan.feeds)
+        ended += self._scheduler.drop_finished()
         if self._config.debug_checks:
-            self._pool.check_integrity()
-        for flow in finished:
-            del self._flows[flow.request.request_id]
-        return [flow.trajectory() for flow in finished]
+            self.check_integrity()
+        self._tell()
+        for tree in ended:
+            request_id = tree.flow.request.request_id
+            del self._trees[request_id]
+            self._deadlines.pop(request_id, None)
+            self._watchers.pop(request_id, None)
+        return [tree.flow.trajectory() for tree in ended]
 
     @torch.inference_mode()
     def score(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
@@ -212,7 +260,7 @@ class Engine:
             StaleWeightsError: no weights were loaded.
         """
         self._require_weights()
-        return score(self._model, trajectories)
+        return self._runner.score(trajectories)
 
     # Weights
 
@@ -260,7 +308,7 @@ class Engine:
         Unfinished trajectories go on as ``EngineConfig.kv_after_push`` says: from their prompts
         (``drop``); from their text, with keys and values of the new weights, so that later tokens
         are those of the new policy given the same text (``recompute``); or from their text with the
-        keys and values they have (``keep``).
+        keys and values they have (``keep``; one that is preempted later is computed anew).
 
         Raises:
             StaleWeightsError: nothing was staged, or ``version`` is not newer than the live one.
@@ -269,32 +317,25 @@ class Engine:
         self._live.commit(version)
         self._go_on()
 
+    @torch.inference_mode()
     def _go_on(self) -> None:
         """Carry the trajectories under way over to the live weights."""
+        self._ended += self._scheduler.drop_finished()  # as they are
         match self._config.kv_after_push:
             case "drop":
-                self._start_again()
+                self._scheduler.start_again(self.weight_version)
             case "recompute":
-                self._scheduler.renew(self.weight_version)
-                self._refill()
+                for feed in self._scheduler.renew(self.weight_version):
+                    self._recompute(feed)
             case "keep":
                 self._scheduler.enter(self.weight_version)
 
-    def _start_again(self) -> None:
-        self._aborted += self._scheduler.drop_finished()  # returned by the next step, as they are
-        for flow in self._scheduler.start_again(self.weight_version):
-            self._flows[flow.request.request_id] = flow
-
-    @torch.inference_mode()
-    def _refill(self) -> None:
-        """Recompute every key and value in the pool in place; slots, rows and tokens stay."""
-        scheduler, pool = self._scheduler, self._pool
-        prefixes = [prefix.refill(pool) for prefix in scheduler.resident_prefixes]
-        trees = [flow.refill(pool) for flow in scheduler.running]
-        for feeds in (prefixes, trees):
-            feeds = [feed for feed in feeds if len(feed.token_ids)]
-            for start in range(0, len(feeds), _REFILL_FEEDS):
-                self._forward(self._run_ahead(feeds[start : start + _REFILL_FEEDS]))
+    def _recompute(self, feed: Feed) -> None:
+        rest: Feed | None = feed
+        while rest is not None:
+            piece, rest = rest.take(self._config.max_step_tokens)
+            batch, _, _ = assemble([], [piece], self._pool)
+            self._runner.run(batch)
 
     def _require_weights(self) -> None:
         if self.weight_version < 0:
@@ -303,69 +344,101 @@ class Engine:
                 "call load, or staging and commit"
             )
 
-    # One pass
+    # One step
 
-    def _run_ahead(self, feeds: Sequence[Feed]) -> list[Feed]:
-        """Run all but the last piece of long feeds, one pass each; return what is left."""
-        rest: list[Feed] = []
-        for feed in feeds:
-            *ahead, last = feed.split(_FEED_TOKENS)
-            for piece in ahead:
-                self._forward([piece])
-            rest.append(last)
-        return rest
-
-    def _forward(self, feeds: Sequence[Feed]) -> None:
-        """Fill the slots of ``feeds``; their logits are not wanted."""
-        self._hidden(assemble([], feeds, self._pool, self._model.device))
-
-    def _hidden(self, batch: RaggedBatch) -> Tensor:
-        attend = PooledAttention(self._model.kv_cache, batch.slots, batch.groups)
-        return self._model.hidden(batch.token_ids, batch.position_ids, attend)
-
-    def _decode(self, batch: RaggedBatch) -> None:
+    def _compute(self, streams: Sequence[Stream], feeds: Sequence[Feed]) -> None:
         """Run the model, record the log-probs of forced tokens, sample, and hand each stream its
         token.
         """
-        hidden = self._hidden(batch).index_select(0, batch.logit_index)
-        logprobs_MV = policy_logprobs(self._model.logits(hidden))
-        # One NaN logit makes a whole row NaN, so one column tells.
-        if bool(logprobs_MV[:, 0].isnan().any()):
-            raise DivergenceError(
-                f"a step under weight version {self.weight_version} gave log-probs of which some "
-                "are NaN; check the pushed weights, then open a new engine"
-            )
-        num_sampled = len(batch.sampled)
-        tokens = _choose(logprobs_MV[:num_sampled], batch.sampled)
-        known = [segment.token_ids[index] for segment, index in batch.scored]
-        labels_M = torch.tensor(tokens + known, dtype=torch.int64).to(logprobs_MV.device)
-        logprobs = logprobs_MV.gather(-1, labels_M[:, None])[:, 0].tolist()
-        for (segment, index), logprob in zip(batch.scored, logprobs[num_sampled:], strict=True):
+        batch, sampled, scored = assemble(streams, feeds, self._pool)
+        logits_MV = self._runner.run(batch)
+        if not len(logits_MV):
+            return
+        totals_M = logits_MV.logsumexp(dim=-1)
+        self._fail_without_distribution(totals_M, sampled, scored)
+        tokens = choose(logits_MV[: len(sampled)], sampled)
+        known = [segment.token_ids[index] for segment, index in scored]
+        labels_M = torch.tensor(tokens + known, dtype=torch.int64).to(logits_MV.device)
+        logprobs = (logits_MV.gather(-1, labels_M[:, None])[:, 0] - totals_M).tolist()
+        for (segment, index), logprob in zip(scored, logprobs[len(sampled) :], strict=True):
             segment.logprobs[index] = logprob
         version = self.weight_version
-        for stream, token_id, logprob in zip(batch.sampled, tokens, logprobs, strict=False):
+        for row, (stream, token_id) in enumerate(zip(sampled, tokens, strict=True)):
             # A sibling earlier in this step may have ended the trajectory.
-            if stream.flow.finish is None:
-                stream.flow.accept(stream, token_id, logprob, version)
+            if stream.flow.finish is not None:
+                continue
+            if stream.flow.accept(stream, token_id, logprobs[row], version):
+                segment = stream.segment
+                replaced = logits_MV[row, segment.token_ids[-1]] - totals_M[row]
+                segment.logprobs[-1] = float(replaced)
 
+    def _fail_without_distribution(
+        self,
+        totals_M: Tensor,
+        sampled: Sequence[Stream],
+        scored: Sequence[tuple[Segment, int]],
+    ) -> None:
+        """End the trajectories whose logits have no finite log-sum-exp; the others go on."""
+        is_lost_M = ~totals_M.isfinite()
+        if not bool(is_lost_M.any()):
+            return
+        lost: set[int] = set()
+        for row in is_lost_M.nonzero()[:, 0].tolist():
+            is_sampled = row < len(sampled)
+            lost.add(id(sampled[row].segment if is_sampled else scored[row - len(sampled)][0]))
+        for tree in self._scheduler.running:
+            flow = tree.flow
+            if any(id(segment) in lost for segment in flow.segments):
+                flow.finish = FinishReason.FAILED
+                flow.finish_detail = f"log-probs under weight version {self.weight_version} are NaN"
+        self._scheduler.distrust_prompts()
 
-def _choose(logprobs_MV: Tensor, streams: Sequence[Stream]) -> list[int]:
-    """Return one token per stream: sampled under its request, or its teacher's."""
-    if not streams:
-        return []
-    requests = [stream.flow.request for stream in streams]
-    rows = SamplingRows(
-        temperature=np.array([request.temperature for request in requests]),
-        top_p=np.array([request.top_p for request in requests]),
-        uniforms=uniforms(
-            np.array([stream.key for stream in streams], dtype=np.uint64),
-            np.array([stream.index for stream in streams], dtype=np.uint64),
-        ),
-    )
-    tokens: list[int] = draw(logprobs_MV, rows).tolist()
-    for row, stream in enumerate(streams):
-        if stream.flow.teacher is not None:
-            segment = stream.segment
-            taught = stream.flow.teacher(segment.block, segment.branch, stream.index)
-            tokens[row] = tokens[row] if taught is None else taught
-    return tokens
+    # Between two steps
+
+    def _tree(self, request_id: str, what: str) -> Tree:
+        tree = self._trees.get(request_id)
+        if tree is None:
+            raise InputError(
+                f"request {request_id} was to be {what}, but it is none of the {len(self._trees)} "
+                "unfinished ones; name a request that was added and not yet returned"
+            )
+        return tree
+
+    def _end(self, tree: Tree, reason: FinishReason) -> None:
+        if tree.flow.finish is not None:
+            return
+        tree.flow.finish = reason
+        if tree in self._scheduler.waiting:
+            self._scheduler.drop_waiting(tree)
+            self._ended.append(tree)
+
+    def _end_overdue(self) -> None:
+        if self._deadlines:
+            now = self._clock()
+            for request_id, deadline in self._deadlines.items():
+                if now >= deadline:
+                    self._end(self._trees[request_id], FinishReason.TIMEOUT)
+
+    def _tell(self) -> None:
+        for request_id, (watcher, listener) in self._watchers.items():
+            for event in watcher.news(self._trees[request_id].flow, self.weight_version):
+                listener(event)
+
+    def _add_all(
+        self, requests: Sequence[GenerationRequest], listener: Callable[[Event], None] | None
+    ) -> None:
+        """Queue all of ``requests`` or, raising what is wrong with one, none."""
+        if self._trees:
+            raise InputError(
+                f"a batch was to be decoded with {len(self._trees)} requests unfinished; "
+                "drain them with step()"
+            )
+        try:
+            for request in requests:
+                self.add(request, listener=listener)
+        except InputError:
+            for tree in self._trees.values():
+                self._scheduler.drop_waiting(tree)
+            for table in (self._trees, self._deadlines, self._watchers):
+                table.clear()
+            raise

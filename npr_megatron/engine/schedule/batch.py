@@ -1,8 +1,8 @@
 """Lays streams and feeds out as one flat batch for the model. numpy only; a batch can be pickled.
 
-Streams that feed a single token come first, sorted by length and cut where that pays; feeds follow
-in groups of similar length, each padded to its own longest, so a prompt of hundreds of tokens does
-not pad a header of four.
+Streams that feed a single token come first, families that share a beginning together, sorted by
+length and cut where that pays; feeds follow in groups of similar length, each padded to its own
+longest, so a prompt of hundreds of tokens does not pad a header of four.
 """
 
 from __future__ import annotations
@@ -11,22 +11,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from npr_megatron.engine.flow.flow import Stream
 from npr_megatron.engine.flow.segment import Segment
 from npr_megatron.engine.memory.pool import SlotPool
-from npr_megatron.engine.schedule.feed import DecodeStream, Feed
+from npr_megatron.engine.schedule.families import MIN_SAVED_READS, IndexArray, find_families
+from npr_megatron.engine.schedule.feed import Feed
 from npr_megatron.records.trajectory import BoolArray
 
-IndexArray = npt.NDArray[np.int64]
-
 _LENGTH_RATIO = 0.75
-"""Rows shorter than this share of the longest may be read as a group of their own ..."""
-_MIN_SAVED_TOKENS = 1024
-"""... if that saves reading so many slots: below, a group's own kernels cost more (measured on
-CPU).
-"""
+"""Rows shorter than this share of the longest may be read as a group of their own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,13 +33,17 @@ class QueryGroup:
     start: int
     count: int
     keys: IndexArray
-    """[B, L] slots, padded with any slot."""
+    """[B, L] slots, padded with slot 0."""
     visible: BoolArray | None
     """[B, 1 or S, L]; None where every query sees all L."""
     padded: IndexArray | None = None
     """[B * S] offset of each padded query inside the group; None where no row is padded."""
     kept: IndexArray | None = None
     """[count] index into B * S of the queries that are real; None where no row is padded."""
+    num_shared: int = 0
+    """The first so many columns of ``keys`` are the same in all rows, and seen by all: read them
+    once.
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +63,7 @@ class Batch:
 
 
 def assemble(
-    streams: Sequence[DecodeStream], feeds: Sequence[Feed], pool: SlotPool
+    streams: Sequence[Stream], feeds: Sequence[Feed], pool: SlotPool
 ) -> tuple[Batch, list[Stream], list[tuple[Segment, int]]]:
     """Return the batch that feeds the last token of each stream, and all of ``feeds``.
 
@@ -76,13 +74,14 @@ def assemble(
         the other logits predict.
     """
     groups, slots, order = _place_streams(streams, pool)
-    segments = [streams[index].stream.segment for index in order]
+    segments = [streams[index].segment for index in order]
     token_ids = [np.array([segment.token_ids[-1] for segment in segments], np.int64)]
     position_ids = [np.array([segment.position_ids[-1] for segment in segments], np.int64)]
     # Attention wants rows sorted by length, results are wanted in the order given.
-    sampled, logit_index = [item.stream for item in streams], np.argsort(order).tolist()
+    sampled, logit_index = list(streams), np.argsort(order).tolist()
     scored: list[tuple[Segment, int]] = []
     scored_index: list[int] = []
+    last_index: dict[Stream, int] = {}
     start = len(streams)
     for bucket in _buckets(feeds):
         groups.append(_feed_group(bucket, start))
@@ -91,11 +90,14 @@ def assemble(
             scored_index += range(start, start + len(feed.scored))
             start += len(feed.token_ids)
             if feed.sampled is not None:
-                sampled.append(feed.sampled)
-                logit_index.append(start - 1)
+                last_index[feed.sampled] = start - 1
             token_ids.append(np.asarray(feed.token_ids, np.int64))
             position_ids.append(np.asarray(feed.position_ids, np.int64))
             slots.append(feed.slots)
+    # Buckets mix the branches of a fork, whose samples are taken in the order of the branches.
+    opened = [feed.sampled for feed in feeds if feed.sampled is not None]
+    sampled += opened
+    logit_index += [last_index[stream] for stream in opened]
     batch = Batch(
         token_ids=np.concatenate(token_ids),
         position_ids=np.concatenate(position_ids),
@@ -107,20 +109,25 @@ def assemble(
 
 
 def _place_streams(
-    streams: Sequence[DecodeStream], pool: SlotPool
+    streams: Sequence[Stream], pool: SlotPool
 ) -> tuple[list[QueryGroup], list[np.ndarray], list[int]]:
     """Append one slot per stream; return groups of rows of similar length, the slots, the order."""
     if not streams:
         return [], [], []
-    rows = np.array([item.row for item in streams], dtype=np.int64)
-    order = np.argsort(pool.length[rows], kind="stable")
+    rows = np.array([stream.row for stream in streams], dtype=np.int64)
+    families = find_families(rows, pool)
+    order = np.lexsort((pool.length[rows], families.labels))
     rows = rows[order]
     slots = pool.append_one_each(rows)
     lengths = pool.length[rows]
-    groups = [
-        _single_group(rows[start:stop], lengths[start:stop], start, pool)
-        for start, stop in _length_ranges(lengths)
-    ]
+    groups: list[QueryGroup] = []
+    first = 0
+    for family, num_shared in enumerate(families.num_shared):
+        last = first + int((families.labels == family).sum())
+        for start, stop in _length_ranges(lengths[first:last] - num_shared):
+            part = slice(first + start, first + stop)
+            groups.append(_single_group(rows[part], lengths[part], part.start, num_shared, pool))
+        first = last
     return groups, [slots], order.tolist()
 
 
@@ -131,20 +138,27 @@ def _length_ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
     while stop:
         longest = int(lengths[stop - 1])
         start = int(np.searchsorted(lengths[:stop], longest * _LENGTH_RATIO))
-        if start and start * (longest - int(lengths[start - 1])) < _MIN_SAVED_TOKENS:
+        if start and start * (longest - int(lengths[start - 1])) < MIN_SAVED_READS:
             start = 0
         ranges.append((start, stop))
         stop = start
     return ranges[::-1]
 
 
-def _single_group(rows: np.ndarray, lengths: np.ndarray, start: int, pool: SlotPool) -> QueryGroup:
+def _single_group(
+    rows: IndexArray, lengths: IndexArray, start: int, num_shared: int, pool: SlotPool
+) -> QueryGroup:
     longest = int(lengths[-1])
     visible = None
     if int(lengths[0]) != longest:
         visible = (np.arange(longest) < lengths[:, None])[:, None]
-    keys = pool.table[rows, :longest].astype(np.int64)
-    return QueryGroup(start=start, count=len(rows), keys=keys, visible=visible)
+    return QueryGroup(
+        start=start,
+        count=len(rows),
+        keys=pool.table[rows, :longest].astype(np.int64),
+        visible=visible,
+        num_shared=num_shared if len(rows) > 1 else 0,
+    )
 
 
 def _buckets(feeds: Sequence[Feed]) -> Iterable[list[Feed]]:

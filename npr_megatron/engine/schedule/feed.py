@@ -1,5 +1,4 @@
-"""Tokens on their way to the model: single tokens of decoding streams, and runs of tokens (prompts,
-forced runs, replays).
+"""Runs of tokens on their way to the model: prompts, forced tokens, replays.
 
 A feed captures the slots it reads when it is made, so rows may be joined or closed before the model
 runs.
@@ -19,13 +18,6 @@ from npr_megatron.engine.flow.segment import Segment
 from npr_megatron.engine.memory.pool import SlotArray, SlotPool
 from npr_megatron.records.trajectory import BoolArray
 from npr_megatron.topology.visibility import visible
-
-
-class DecodeStream(NamedTuple):
-    """A stream that feeds its last token only, through the pool row it reads and extends."""
-
-    stream: Stream
-    row: int
 
 
 class Labels(NamedTuple):
@@ -84,11 +76,6 @@ class Feed:
         )
 
     @classmethod
-    def of_prefix(cls, token_ids: Sequence[int], slots: SlotArray) -> Feed:
-        """Return the feed of the first tokens of a prompt."""
-        return cls(token_ids, range(len(token_ids)), slots, slots)
-
-    @classmethod
     def of_tree(
         cls, streams: dict[str, npt.NDArray[Any]], slots: SlotArray, num_shared: int
     ) -> Feed:
@@ -143,12 +130,3 @@ class Feed:
             sampled=self.sampled,
         )
         return head, tail
-
-    def split(self, max_tokens: int) -> list[Feed]:
-        """Return feeds of at most ``max_tokens`` that, run in order, do the same as the whole."""
-        pieces: list[Feed] = []
-        rest: Feed | None = self
-        while rest is not None:
-            head, rest = rest.take(max_tokens)
-            pieces.append(head)
-        return pieces

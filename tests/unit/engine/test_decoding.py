@@ -66,7 +66,7 @@ def test_scoring_many_trajectories_together_changes_none() -> None:
     ]
     together = engine.score(trajectories)
     for trajectory, logprobs in zip(trajectories, together, strict=True):
-        np.testing.assert_allclose(logprobs, engine.score([trajectory])[0], atol=1e-6, rtol=0)
+        np.testing.assert_allclose(logprobs, engine.score([trajectory])[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("limit", range(1, len(RESPONSE) + 2))
@@ -77,8 +77,8 @@ def test_the_total_budget_is_never_exceeded_and_ends_the_trajectory(limit: int) 
         assert trajectory.finish is FinishReason.STOP
         return
     assert trajectory.finish is FinishReason.LENGTH
-    # Only a forced run that does not fit as a whole may leave budget unspent.
-    longest_forced_run = 1 + 3 * 3
+    # Only what does not fit as a whole may leave budget unspent: a fork with its smallest steps.
+    longest_forced_run = 1 + 3 * (3 + 3)
     assert limit - trajectory.num_tokens <= longest_forced_run
     sources = predecessors(trajectory.block, trajectory.branch)
     is_predicted = (sources >= 0) & (np.arange(len(sources)) >= len(PROMPT))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npr_megatron.engine.ledger import Ledger
+from npr_megatron.engine.flow.ledger import Ledger
 from npr_megatron.records.trajectory import FinishReason
 
 

@@ -73,7 +73,7 @@ def decode_while_pushing(policy: Policy, steps_per_push: int, max_new_tokens: in
         assert engine.num_unfinished
         commit(engine, version)
     history.finished += drain(engine)
-    assert engine.num_kv_slots_used == 0
+    assert engine.stats().num_kv_slots_held == 0
     return history
 
 
@@ -168,7 +168,7 @@ def test_a_commit_while_others_wait_leaves_no_slot_behind(policy: Policy) -> Non
     # The aborted ones end with the first step after the commit.
     assert sorted(finished) == [1, 2, 3, 4, 5]
     assert all(t.finish is FinishReason.STOP for t in finished.values())
-    assert engine.num_kv_slots_used == 0
+    assert engine.stats().num_kv_slots_held == 0
 
 
 def test_an_aborted_request_is_returned_after_a_commit_as_it_was() -> None:

@@ -1,0 +1,1 @@
+"""Map, Process, Reduce over token ids: no model, no memory, shared by every backend."""

@@ -1,0 +1,1 @@
+"""Which KV slot belongs to whom: integers only."""

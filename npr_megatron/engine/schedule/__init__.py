@@ -1,0 +1,1 @@
+"""Which flows run, and how one step's tokens are laid out: numpy only."""
