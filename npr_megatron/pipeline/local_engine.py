@@ -1,27 +1,112 @@
-"""An engine in this process on an exported model: for ``npr generate`` and speed measurements."""
+"""An engine in this process on an exported model: for ``npr generate`` and speed measurements.
+
+Under ``torchrun --nproc-per-node N`` the N processes are one engine: each reads its shard of the
+model, rank 0 decodes and the others compute for it.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.hf_architecture import read_trainable_architecture
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.engine.compute.model import storage_layout
+from npr_megatron.engine.compute.quantised import quantising_reader
+from npr_megatron.engine.compute.ranks import Ranks
+from npr_megatron.engine.compute.runner import LocalRunner
+from npr_megatron.engine.compute.tensor_parallel import Follower, LeaderRunner
 from npr_megatron.engine.engine import Engine
+from npr_megatron.runtime.device import current_device, device_type
 from npr_megatron.schema.tags import Vocabulary
 from npr_megatron.weights.checkpoints.hf import read_hf
-from npr_megatron.weights.layouts import engine_layout
+from npr_megatron.weights.layouts.served import Quantisation
 from npr_megatron.weights.storages import load_tiles
+from npr_megatron.weights.tiles import RankLayout
+
+_VERSION = 1
+"""Of the weights in the folder."""
 
 
 def open_engine(folder: Path, config: EngineConfig, vocabulary: Vocabulary) -> Engine:
-    """Return an engine that holds the weights of an HF folder.
+    """Return an engine of this process that holds the weights of an HF folder.
 
     Raises:
         InputError: the folder holds no model of a supported architecture.
+        LayoutError: its matrices cannot be kept as ``config.weights`` says.
     """
     model = read_trainable_architecture(folder)
-    engine = Engine(model, config, vocabulary)
-    checkpoint = read_hf(folder, model)
-    load_tiles(engine_layout(model).ranks[0], checkpoint.read, engine.staging())
-    engine.commit(1)
+    engine = Engine(model, config, vocabulary, device=current_device())
+    layout = storage_layout(model, weights=config.weights).ranks[0]
+    _read_shard(folder, model, layout, config, engine.staging())
+    engine.commit(_VERSION)
     return engine
+
+
+@contextmanager
+def local_engine(
+    folder: Path, config: EngineConfig, vocabulary: Vocabulary
+) -> Iterator[Engine | None]:
+    """Yield what :func:`open_engine` returns; under torchrun the engine of all its processes.
+
+    Rank 0 is given the engine. The others compute for it as long as it is in use, and are given
+    None then.
+
+    Raises:
+        InputError: the folder holds no model of a supported architecture.
+        LayoutError: the model cannot be cut into so many shards, or not kept as asked.
+        EnvironmentFault: a process is gone or silent.
+    """
+    ranks = _join_torchrun()
+    if ranks is None:
+        yield open_engine(folder, config, vocabulary)
+        return
+    try:
+        model = read_trainable_architecture(folder)
+        layout = storage_layout(model, ranks.size, config.weights).ranks[ranks.rank]
+        runner = LocalRunner(model, config, current_device(), ranks)
+        if ranks.rank:
+            follower = Follower(runner, ranks)
+            _read_shard(folder, model, layout, config, follower.staging())
+            follower.seal(_VERSION)
+            follower.follow()
+            yield None
+            return
+        leader = LeaderRunner(runner, ranks)
+        engine = Engine(model, config, vocabulary, runner=leader)
+        _read_shard(folder, model, layout, config, engine.staging())
+        engine.commit(_VERSION)
+        try:
+            yield engine
+        finally:
+            leader.close()
+    finally:
+        ranks.leave()
+
+
+def _read_shard(
+    folder: Path,
+    model: ModelConfig,
+    layout: RankLayout,
+    config: EngineConfig,
+    storages: dict[str, torch.Tensor],
+) -> None:
+    read = read_hf(folder, model).read
+    if config.weights == "fp8":
+        read = quantising_reader(read, Quantisation.of(model))
+    load_tiles(layout, read, storages)
+
+
+def _join_torchrun() -> Ranks | None:
+    """Meet the processes that torchrun started; None if it started no other than this one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "MASTER_ADDR" not in os.environ:
+        return None
+    if device_type() == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return Ranks.join(int(os.environ["RANK"]), size, "env://", device=current_device())

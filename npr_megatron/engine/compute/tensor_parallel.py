@@ -40,9 +40,9 @@ _READY, _NOT_STAGED, _NOT_FINITE = range(3)
 class _Order(NamedTuple):
     """What followers are told to do."""
 
-    kind: Literal["run", "score", "clear", "take", "stop"]
+    kind: Literal["run", "score", "take", "stop"]
     content: Any = None
-    """A batch, trajectories, slots, a version, nothing."""
+    """A batch, trajectories, a version, nothing."""
 
 
 class LeaderRunner:
@@ -56,7 +56,7 @@ class LeaderRunner:
         self.device: torch.device = local.device
 
     def run(self, batch: Batch) -> Tensor:
-        """Write the keys and values of ``batch`` on all ranks; return [M, V] log-probs.
+        """Write the keys and values of ``batch`` on all ranks; return [M, V] fp32 logits.
 
         Raises:
             EnvironmentFault: a rank is gone or silent; the engine is of no further use.
@@ -72,11 +72,6 @@ class LeaderRunner:
         """
         self._order(_Order("score", trajectories))
         return self._local.score(trajectories)
-
-    def clear(self, slots: Sequence[int]) -> None:
-        """Zero the keys and values of ``slots`` on all ranks."""
-        self._order(_Order("clear", slots))
-        self._local.clear(slots)
 
     def agree(self, version: int) -> None:
         """Let all ranks take over ``version``, of which this one is ready; the others do so now.
@@ -155,8 +150,6 @@ class Follower:
                     self._local.run(order.content)
                 case "score":
                     self._local.score(order.content)
-                case "clear":
-                    self._local.clear(order.content)
                 case "take":
                     self._take(order.content)
                 case "stop":
