@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npr_megatron.engine.compute.device_batch import DeviceGroup
+from npr_megatron.engine.compute.two_level import attend_two_levels
 
 
 class PooledAttention:
@@ -35,36 +36,66 @@ class PooledAttention:
     ) -> None:
         self._kv_cache = kv_cache
         self._slots = slots
-        self._groups = groups
+        dtype = kv_cache[0].dtype
+        self._groups = [(group, _bias(group.visible, dtype)) for group in groups]
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         cache = self._kv_cache[layer]
         cache.index_copy_(0, self._slots, keys_values)
-        outputs = [_attend_group(group, queries, cache) for group in self._groups]
+        outputs = [_attend_group(group, bias, queries, cache) for group, bias in self._groups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _attend_group(group: DeviceGroup, queries: Tensor, cache: Tensor) -> Tensor:
-    num_kv = cache.shape[1] // 2
-    num_q, head = queries.shape[1:]
+def _bias(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return what hides keys when added to scores: made once, not in every layer."""
+    if visible is None:
+        return None
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, -torch.inf
+    )
+
+
+def _attend_group(
+    group: DeviceGroup, bias: Tensor | None, queries: Tensor, cache: Tensor
+) -> Tensor:
     own = queries[group.start : group.start + group.count]
     if group.padded is not None:
         own = own.index_select(0, group.padded)
-    read = cache.index_select(0, group.keys).view(group.num_rows, -1, 2 * num_kv, head)
-    read = read.transpose(1, 2)
-    keys, values = read[:, :num_kv], read[:, num_kv:]
-    num_queries = len(own) // group.num_rows
-    if num_queries == 1:
-        # Query heads that share a key head become queries of it: no head is repeated.
-        folded = own.reshape(group.num_rows, num_kv, num_q // num_kv, head)
-        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=group.visible)
-        return out.reshape(group.num_rows, num_q * head)
-    own = own.reshape(group.num_rows, num_queries, num_q, head).transpose(1, 2)
+    if len(own) == group.num_rows:
+        return _attend_single(group, bias, own, cache)
+    num_q, head = queries.shape[1:]
+    num_kv = cache.shape[1] // 2
+    read = cache.index_select(0, group.keys.view(-1)).view(*group.keys.shape, 2 * num_kv, head)
+    keys, values = read.transpose(1, 2).chunk(2, dim=1)
     out = F.scaled_dot_product_attention(
-        own, keys, values, attn_mask=group.visible, enable_gqa=num_q != num_kv
+        own.unflatten(0, (group.num_rows, -1)).transpose(1, 2),
+        keys,
+        values,
+        attn_mask=bias,
+        enable_gqa=num_q != num_kv,
     )
     flat = out.transpose(1, 2).reshape(-1, num_q * head)
     return flat if group.kept is None else flat.index_select(0, group.kept)
+
+
+def _attend_single(
+    group: DeviceGroup, bias: Tensor | None, queries: Tensor, cache: Tensor
+) -> Tensor:
+    """Return [B, N * D]: one query per row, of which some keys may be read for all rows at once."""
+    num_rows, num_q, head = queries.shape
+    num_kv, num_shared = cache.shape[1] // 2, group.num_shared
+    # Query heads that share a key head become queries of it: no head is repeated.
+    folded = queries.reshape(num_rows, num_kv, num_q // num_kv, head)
+    slots = group.keys[:, num_shared:]
+    read = cache.index_select(0, slots.reshape(-1)).view(*slots.shape, 2 * num_kv, head)
+    if num_shared:
+        shared = cache.index_select(0, group.keys[0, :num_shared])
+        own_bias = None if bias is None else bias[..., num_shared:]
+        out = attend_two_levels(folded, shared, read, own_bias)
+    else:
+        keys, values = read.transpose(1, 2).chunk(2, dim=1)
+        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bias)
+    return out.reshape(num_rows, num_q * head)
 
 
 class DenseAttention:

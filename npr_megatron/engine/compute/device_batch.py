@@ -16,13 +16,14 @@ from npr_megatron.engine.schedule.batch import Batch, QueryGroup
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceGroup:
-    """A ``QueryGroup`` as tensors; index tensors are flat."""
+    """A ``QueryGroup`` as tensors."""
 
     start: int
     count: int
     num_rows: int
+    num_shared: int
     keys: Tensor
-    """[B * L] slots."""
+    """[B, L] slots."""
     visible: Tensor | None
     """bool [B, 1, 1 or S, L]."""
     padded: Tensor | None
@@ -72,7 +73,8 @@ def _group(group: QueryGroup, indices: Iterator[Tensor], masks: Iterator[Tensor]
         start=group.start,
         count=group.count,
         num_rows=len(group.keys),
-        keys=keys,
+        num_shared=group.num_shared,
+        keys=keys.view(group.keys.shape),
         visible=visible,
         padded=padded,
         kept=kept,

@@ -1,0 +1,149 @@
+"""Attention over the pool, level by level, against a softmax written out per token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from npr_megatron.engine.compute.attention import DenseAttention, PooledAttention
+from npr_megatron.engine.compute.device_batch import to_device
+from npr_megatron.engine.compute.two_level import (
+    attend_two_levels,
+    attend_with_lse,
+    matmul_with_lse,
+)
+from npr_megatron.engine.schedule.batch import Batch, assemble
+from tests.ragged import RaggedRows, random_rows
+from tests.structures import QUICK
+
+_CPU = torch.device("cpu")
+_NUM_Q, _NUM_KV, _HEAD = 4, 2, 8
+
+
+class _Inputs:
+    """Random queries, keys and values of a batch, and the cache it writes to."""
+
+    def __init__(self, batch: Batch, num_slots: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        num_tokens = len(batch.token_ids)
+        self.queries = torch.randn(num_tokens, _NUM_Q, _HEAD, generator=generator)
+        self.keys_values = torch.randn(num_tokens, 2 * _NUM_KV, _HEAD, generator=generator)
+        self.cache = torch.randn(num_slots + 1, 2 * _NUM_KV, _HEAD, generator=generator)
+
+    def pooled(self, batch: Batch) -> Tensor:
+        placed = to_device(batch, _CPU)
+        attend = PooledAttention([self.cache.clone()], placed.slots, placed.groups)
+        return attend(0, self.queries, self.keys_values)
+
+    def expected(self, batch: Batch, reads: list[list[int]]) -> Tensor:
+        cache = self.cache.clone()
+        cache[torch.from_numpy(batch.slots)] = self.keys_values
+        longest = max(len(slots) for slots in reads)
+        padded_TL = torch.tensor([slots + [0] * (longest - len(slots)) for slots in reads])
+        lengths = torch.tensor([len(slots) for slots in reads])
+        return _attend(self.queries, cache[padded_TL], lengths)
+
+
+def _attend(queries_TND: Tensor, read_TLKD: Tensor, lengths_T: Tensor) -> Tensor:
+    """Return [T, N * D]: each query over the first of its keys and values, in float64."""
+    repeated = read_TLKD.double().repeat_interleave(_NUM_Q // _NUM_KV, dim=2)
+    keys, values = repeated.chunk(2, dim=2)
+    scores = torch.einsum("tnd,tlnd->tnl", queries_TND.double(), keys) / _HEAD**0.5
+    hidden = torch.arange(keys.shape[1]) >= lengths_T[:, None]
+    probs = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("tnl,tlnd->tnd", probs, values).flatten(1).float()
+
+
+@QUICK
+@given(seed=st.integers(0, 10_000))
+def test_every_token_attends_to_exactly_what_it_reads(seed: int) -> None:
+    rows = random_rows(seed)
+    batch, _, _ = assemble(rows.streams, rows.feeds, rows.pool)
+    inputs = _Inputs(batch, rows.pool.num_slots, seed)
+    expected = inputs.expected(batch, rows.reads_of(batch))
+    torch.testing.assert_close(inputs.pooled(batch), expected, rtol=0, atol=1e-6)
+
+
+def _family() -> tuple[RaggedRows, Batch]:
+    """Sixteen rollouts of one prompt: long enough to be read once for all."""
+    rows = RaggedRows(np.random.default_rng(0))
+    prompt = rows.open(None, 400)
+    for index in range(16):
+        rows.decode(rows.open(prompt, index % 5))
+    batch, _, _ = assemble(rows.streams, [], rows.pool)
+    return rows, batch
+
+
+def test_a_shared_beginning_is_read_once_and_changes_nothing() -> None:
+    rows, batch = _family()
+    assert [group.num_shared for group in batch.groups] == [400]
+    inputs = _Inputs(batch, rows.pool.num_slots, seed=1)
+    plain = dataclasses.replace(
+        batch, groups=[dataclasses.replace(group, num_shared=0) for group in batch.groups]
+    )
+    expected = inputs.expected(batch, rows.reads_of(batch))
+    torch.testing.assert_close(inputs.pooled(batch), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(inputs.pooled(plain), expected, rtol=0, atol=1e-6)
+
+
+def test_control_a_beginning_one_slot_too_long_is_seen() -> None:
+    rows, batch = _family()
+    inputs = _Inputs(batch, rows.pool.num_slots, seed=1)
+    groups = [dataclasses.replace(group, num_shared=401) for group in batch.groups]
+    wrong = inputs.pooled(dataclasses.replace(batch, groups=groups))
+    difference = (wrong - inputs.expected(batch, rows.reads_of(batch))).abs()
+    assert float(difference.max()) > 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+def test_two_levels_equal_one_softmax_over_both(scale: float) -> None:
+    """Also where one level outweighs the other by far (``scale`` 30)."""
+    generator = torch.Generator().manual_seed(3)
+    queries = torch.randn(5, _NUM_KV, 2, _HEAD, generator=generator)
+    shared = torch.randn(33, 2 * _NUM_KV, _HEAD, generator=generator)
+    own = torch.randn(5, 9, 2 * _NUM_KV, _HEAD, generator=generator)
+    shared[:, :_NUM_KV] *= scale
+    lengths = torch.tensor([1, 9, 4, 2, 9])
+    hidden = torch.arange(9) >= lengths[:, None]
+    bias = torch.zeros(5, 9).masked_fill_(hidden, -torch.inf)[:, None, None]
+    out = attend_two_levels(queries, shared, own, bias)
+    read = torch.cat((shared.expand(5, -1, -1, -1), own), dim=1)
+    expected = _attend(queries.reshape(5, _NUM_Q, _HEAD), read, 33 + lengths)
+    torch.testing.assert_close(out.reshape(5, -1), expected, rtol=0, atol=2e-6)
+
+
+def test_both_ways_to_the_sum_of_exponentials_agree() -> None:
+    generator = torch.Generator().manual_seed(4)
+    queries, keys, values = (
+        torch.randn(3, _NUM_KV, size, _HEAD, generator=generator) for size in (2, 7, 7)
+    )
+    bias = torch.zeros(3, 1, 1, 7)
+    bias[1, ..., 3:] = -torch.inf
+    for hidden in (None, bias):
+        for ours, theirs in zip(
+            matmul_with_lse(queries, keys, values, hidden),
+            attend_with_lse(queries, keys, values, hidden),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_dense_attention_equals_the_softmax_per_token() -> None:
+    generator = torch.Generator().manual_seed(5)
+    num_rows, length = 3, 7
+    queries = torch.randn(num_rows * length, _NUM_Q, _HEAD, generator=generator)
+    keys_values = torch.randn(num_rows * length, 2 * _NUM_KV, _HEAD, generator=generator)
+    visible = torch.rand(num_rows, 1, length, length, generator=generator) < 0.5
+    visible |= torch.eye(length, dtype=torch.bool)
+    out = DenseAttention(visible)(0, queries, keys_values)
+    for token in range(num_rows * length):
+        row, query = divmod(token, length)
+        read = keys_values.view(num_rows, length, -1, _HEAD)[row, visible[row, 0, query]]
+        expected = _attend(queries[token, None], read[None], torch.tensor([len(read)]))
+        torch.testing.assert_close(out[token, None], expected, rtol=0, atol=1e-6)
