@@ -5,8 +5,8 @@ the grammar (``schema``) and the places (``topology``), inserts what the structu
 the ledger and decides when the trajectory ends. It runs no model and owns no memory, so every
 backend uses it as it is. A backend repeats
 
-    1. ``begin_round`` inserts the forced tokens that are due and says so as a :class:`Move`: streams
-       to seal, branches to open, branches to join;
+    1. ``begin_round`` inserts the forced tokens that are due and says so as a :class:`Move`:
+       streams to seal, branches to open, branches to join;
     2. the backend computes these, and one token for every other stream in ``decoding``;
     3. ``accept`` takes one sampled token per stream, in the order of the branches.
 
@@ -110,7 +110,7 @@ class Flow:
     branches: list[Stream] = field(default_factory=list)
     """Streams between fork and join, closed ones included."""
     segments: list[Segment] = field(init=False)
-    """In order of creation: the prompt with the trunk's beginning, branch 1, branch 2, ..., trunk."""
+    """In order of creation: the trunk from the prompt on, branch 1, branch 2, ..., trunk."""
     _due: list[Stream] = field(default_factory=list)
     """Streams whose next token is dictated."""
     _fork_state: State = field(init=False)

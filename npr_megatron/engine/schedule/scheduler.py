@@ -51,7 +51,7 @@ class StepPlan:
     """What one step computes."""
 
     streams: list[Stream] = field(default_factory=list)
-    """Each feeds its last token and takes a sample; its slot is taken when the batch is laid out."""
+    """Each feeds its last token and takes a sample. Their slots are taken by ``assemble``."""
     feeds: list[Feed] = field(default_factory=list)
     num_samples: int = 0
     num_tokens: int = 0

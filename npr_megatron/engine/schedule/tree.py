@@ -3,9 +3,9 @@
 The trunk's row borrows the prompt's, a branch's row borrows the trunk's, so fork and join move no
 key or value: a join hands the branches' slots over to the trunk, in branch order.
 
-A suspended tree owns nothing but its tokens. Resuming opens the same rows anew and computes all keys
-and values in one masked pass, at the recorded positions; what is decoded afterwards is what would
-have been decoded without the interruption.
+A suspended tree owns nothing but its tokens. Resuming opens the same rows anew and computes all
+keys and values in one masked pass, at the recorded positions; what is decoded afterwards is what
+would have been decoded without the interruption.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from npr_megatron.engine.flow.flow import Flow, Stream
 from npr_megatron.engine.flow.segment import linearise
-from npr_megatron.engine.memory.pool import SlotArray, SlotPool
+from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.memory.prefixes import Prefix
 from npr_megatron.engine.schedule.feed import Feed
 
