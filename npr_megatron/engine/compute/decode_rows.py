@@ -13,7 +13,6 @@ at most a quarter once they are large.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -143,21 +142,6 @@ def bucket_for(num_rows: int, longest: int, limits: BucketLimits) -> Bucket | No
     return bucket
 
 
-def all_buckets(longest: int, limits: BucketLimits) -> list[Bucket]:
-    """Return every bucket up to ``longest`` keys within ``limits``, the largest first."""
-    found = {
-        bucket_for(num_rows, num_keys, limits)
-        for num_rows in row_buckets(limits)
-        for num_keys in _values(longest, round_up_keys)
-    }
-    return sorted((bucket for bucket in found if bucket is not None), reverse=True)
-
-
-def row_buckets(limits: BucketLimits) -> list[int]:
-    """Return the row counts of all buckets, ascending."""
-    return _values(limits.max_rows, round_up_rows)
-
-
 def round_up_rows(num_rows: int) -> int:
     """Return 1, 2, 4, 8, 16, 24, 32, 40 .. 64, 80 .. 128, 160 ..: four per doubling."""
     if num_rows <= _ROW_STEP:
@@ -173,11 +157,3 @@ def round_up_keys(num_keys: int) -> int:
 def _round_up(value: int, least_step: int) -> int:
     step = max(least_step, 1 << max(0, (value - 1).bit_length() - 3))
     return -(-value // step) * step
-
-
-def _values(most: int, round_up: Callable[[int], int]) -> list[int]:
-    """Return 1 and the values of ``round_up`` up to the one that holds ``most``."""
-    values = [round_up(1)]
-    while values[-1] < most:
-        values.append(round_up(values[-1] + 1))
-    return values

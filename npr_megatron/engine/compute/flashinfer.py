@@ -30,7 +30,6 @@ from npr_megatron.engine.compute.decode_rows import (
     DecodeRows,
     decode_rows,
     round_up_rows,
-    row_buckets,
 )
 from npr_megatron.engine.compute.model import Attend, EngineModel
 from npr_megatron.engine.compute.paged_plan import (
@@ -138,10 +137,6 @@ class FlashInferReader:
         if num_rows > round_up_rows(self.limits.max_rows) or num_reads > self.limits.max_reads:
             return None
         return None if worthwhile_cascade(rows, self._kv_cache) else Bucket(num_rows, 0)
-
-    def buckets(self, longest: int) -> list[Bucket]:
-        """Return every bucket, the largest first; lengths make no difference."""
-        return [Bucket(num_rows, 0) for num_rows in reversed(row_buckets(self.limits))]
 
     def fill(self, rows: DecodeRows, bucket: Bucket, reads: npt.NDArray[np.int32]) -> int:
         """Write the slots of all rows one after another, then slot 0 per row of padding."""

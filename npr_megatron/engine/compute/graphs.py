@@ -1,9 +1,9 @@
 """The decode step as CUDA graphs: one launch instead of some fifteen per layer.
 
 A decode step of a small model is bound by launches, not by arithmetic: the host needs longer to ask
-for a kernel than the device to run it. A graph is asked for once. One graph is captured per bucket,
-when the bucket first occurs or ahead of time; all share one memory pool, since no two run at once
-and nothing but the static buffers outlives a replay.
+for a kernel than the device to run it. A graph is asked for once. One is captured per bucket, when
+the bucket first occurs; all share one memory pool, since no two run at once and nothing but the
+static buffers outlives a replay.
 
 A graph holds addresses, not values. New weights are copied into the live storages in place
 (``LiveWeights``), keys and values into the same pool, so a commit leaves every graph valid and none
@@ -14,14 +14,14 @@ Other threads may stage weights on the device while a graph is captured, so only
 thread are held to the rules of capture.
 
 Numerics: a replay runs the kernels that the eager pass on the same bucket runs, and agrees with it
-bit for bit. Other buckets and the ragged pass take other kernels and other orders of summation; in
-bf16 their log-probs differ in the second or third digit behind the point. So on CUDA, other than on
-a CPU in fp32, the sampled text may depend on which requests share a step.
+bit for bit. Other buckets and the ragged pass take other kernels and other orders of summation, and
+in bf16 that shows. So on CUDA, other than on a CPU in fp32, which requests share a step may change
+a sampled token, and a schedule is not promised to reproduce another one's text. Logits leave the
+model as fp32, and log-sum-exp, sampling weights and recorded log-probs are computed from them in
+fp32 or wider, on every path.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class GraphedDecode:
 
     @torch.inference_mode()
     def run(self, rows: DecodeRows) -> Tensor | None:
-        """Return [M, V] fp32 log-probs, or None where no bucket holds ``rows``."""
+        """Return [M, V] fp32 logits, or None where no bucket holds ``rows``."""
         bucket = self._decode.reader.bucket(rows)
         if bucket is None:
             return None
@@ -62,24 +62,9 @@ class GraphedDecode:
         self._graphs[bucket].replay()
         return self._decode.result(len(rows.logit_index))
 
-    @torch.inference_mode()
-    def capture_ahead(self, longest: int, on_capture: Callable[[int, int], None]) -> None:
-        """Capture every bucket that rows of up to ``longest`` slots may need.
-
-        The largest come first, so that the smaller ones fit into their memory.
-
-        Args:
-            on_capture: called with the number of buckets done and of all.
-        """
-        buckets = self._decode.reader.buckets(longest)
-        for done, bucket in enumerate(buckets, start=1):
-            if bucket not in self._graphs:
-                self._graphs[bucket] = self._capture(bucket)
-            on_capture(done, len(buckets))
-
     def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
-        """Capture the pass of ``bucket`` over padding; only slot 0 is written meanwhile."""
-        self._decode.load(None, bucket)
+        """Capture the pass of ``bucket`` over padding."""
+        self._decode.load_padding(bucket)
         self._stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with sdpa_kernel(_BACKENDS):

@@ -1,14 +1,14 @@
 """The decode step in fixed memory: what a graph captures, and what runs eagerly to check it.
 
 Everything a step needs lies at addresses that never change: token ids, positions, slots, lengths
-and the slots each row reads come in by one copy, log-probs come out in one buffer. Shapes are those
-of a bucket; the forward pass asks the host nothing, so the same kernels serve every step of a
-bucket.
+and the slots each row reads come in by one copy, logits go out by one buffer. Shapes are those of a
+bucket; the forward pass asks the host nothing, so the same kernels serve every step of a bucket.
 
-Rows beyond the live ones are padding: token 0 at position 0, written to the dummy slot 0, reading
-slot 0 only. What they compute is thrown away. Slot 0 holds finite values as long as the weights are
-finite, and must be cleared with the slots of a request that met NaN: rows shorter than their bucket
-read it too, under a mask, and a mask turns no NaN into a number.
+Rows beyond the live ones are padding: token 0 at position 0, reading the dummy slot 0 only. What
+they compute is thrown away, but they have to write somewhere, and not to slot 0: rows shorter than
+their bucket read it under a mask, and no mask takes away a NaN that broken weights once left there.
+They write to a spare slot behind the pool, which nobody reads, so the model of a static step has
+one slot more than its pool, and slot 0 stays zero.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ from npr_megatron.engine.compute.decode_rows import (
     Bucket,
     BucketLimits,
     DecodeRows,
-    all_buckets,
     bucket_for,
     round_up_rows,
 )
 from npr_megatron.engine.compute.device_batch import DeviceGroup
 from npr_megatron.engine.compute.model import Attend, EngineModel
-from npr_megatron.engine.compute.sampler import policy_logprobs
 from npr_megatron.engine.compute.transfer import Staging
 
 _NUM_FIELDS = 5
@@ -46,10 +44,6 @@ class KeyReader(Protocol):
 
     def bucket(self, rows: DecodeRows) -> Bucket | None:
         """Return the bucket that holds ``rows``, None if none does."""
-        ...
-
-    def buckets(self, longest: int) -> list[Bucket]:
-        """Return every bucket rows of up to ``longest`` slots may need, the largest first."""
         ...
 
     def fill(self, rows: DecodeRows, bucket: Bucket, reads: npt.NDArray[np.int32]) -> int:
@@ -88,10 +82,6 @@ class GatherReader:
         """Return the bucket that holds ``rows``, None if none does."""
         return bucket_for(len(rows.token_ids), rows.longest, self.limits)
 
-    def buckets(self, longest: int) -> list[Bucket]:
-        """Return every bucket rows of up to ``longest`` slots may need, the largest first."""
-        return all_buckets(longest, self.limits)
-
     def fill(self, rows: DecodeRows, bucket: Bucket, reads: npt.NDArray[np.int32]) -> int:
         """Write the [B, L] table of slots."""
         used = bucket.num_rows * bucket.num_keys
@@ -121,6 +111,9 @@ class StaticDecode:
     """Fixed memory of the decode step, and the forward pass on it.
 
     Use: ``load``, then ``forward`` or the replay of its capture, then ``result``.
+
+    Args:
+        model: its last slot is the spare one.
     """
 
     def __init__(self, model: EngineModel, reader: KeyReader) -> None:
@@ -132,12 +125,12 @@ class StaticDecode:
         self._ints = torch.zeros(num_ints, dtype=torch.int32, device=model.device)
         self._fields = self._ints[: self._num_fields].view(_NUM_FIELDS, max_rows)
         self._reads = self._ints[self._num_fields :]
-        self._logprobs = torch.zeros(max_rows, model.config.vocab_size, device=model.device)
+        self._logits = torch.zeros(max_rows, model.config.vocab_size, device=model.device)
         self._staging = Staging(model.device)
-        self._staging.reserve(num_ints * _INT_BYTES)
+        self._padding = _padding(len(model.kv_cache[0]) - 1)
 
     def run(self, rows: DecodeRows) -> Tensor | None:
-        """Return [M, V] fp32 log-probs, or None where no bucket holds ``rows``: no capture."""
+        """Return [M, V] fp32 logits, or None where no bucket holds ``rows``. Captures nothing."""
         bucket = self.reader.bucket(rows)
         if bucket is None:
             return None
@@ -145,20 +138,17 @@ class StaticDecode:
         self.forward(bucket)
         return self.result(len(rows.logit_index))
 
-    def load(self, rows: DecodeRows | None, bucket: Bucket) -> None:
-        """Send ``rows`` to the static buffers; with None, a step of padding only."""
+    def load_padding(self, bucket: Bucket) -> None:
+        """Send a step that is padding all over: its passes change nothing anybody reads."""
+        self.load(self._padding, bucket)
+
+    def load(self, rows: DecodeRows, bucket: Bucket) -> None:
+        """Send ``rows`` to the static buffers, and padding behind them."""
         num_ints = len(self._ints)
         ints = self._staging.reserve(num_ints * _INT_BYTES)[: num_ints * _INT_BYTES].view(np.int32)
         fields = ints[: self._num_fields].reshape(_NUM_FIELDS, -1)
-        fields[:] = np.array([0, 0, 0, 1, 0])[:, None]
-        if rows is None:
-            rows = _PADDING
-        num_rows = len(rows.token_ids)
-        fields[0, :num_rows] = rows.token_ids
-        fields[1, :num_rows] = rows.position_ids
-        fields[2, :num_rows] = rows.slots
-        fields[3, :num_rows] = rows.lengths
-        fields[4, : len(rows.logit_index)] = rows.logit_index
+        _write_fields(fields, self._padding, stop=fields.shape[1])
+        _write_fields(fields, rows, stop=len(rows.token_ids))
         used = self.reader.fill(rows, bucket, ints[self._num_fields :])
         self._staging.send(self._ints[: self._num_fields + used].view(torch.uint8))
         self.reader.plan(rows, bucket, self._reads, used)
@@ -169,22 +159,31 @@ class StaticDecode:
         # index_copy_ takes no int32; converted once, not once a layer.
         attend = self.reader.attention(bucket, slots.long(), lengths, self._reads)
         hidden = self._model.hidden(token_ids, position_ids, attend)
-        self._logprobs[: bucket.num_rows].copy_(policy_logprobs(self._model.logits(hidden)))
+        self._logits[: bucket.num_rows].copy_(self._model.logits(hidden))
 
     def result(self, num_logits: int) -> Tensor:
-        """Return [M, V] log-probs in the order asked for: a copy, the buffer is of the next step
+        """Return [M, V] logits in the order asked for: a copy, for the buffer is the next step's
         too.
         """
-        return self._logprobs.index_select(0, self._fields[4, :num_logits])
+        return self._logits.index_select(0, self._fields[4, :num_logits])
 
 
-_PADDING = DecodeRows(
-    token_ids=np.zeros(1, np.int64),
-    position_ids=np.zeros(1, np.int64),
-    slots=np.zeros(1, np.int64),
-    logit_index=np.zeros(0, np.int64),
-    lengths=np.ones(1, np.int64),
-    blocks=[np.zeros((1, 1), np.int64)],
-    num_shared=[0],
-)
-"""What every row beyond the live ones does."""
+def _padding(spare_slot: int) -> DecodeRows:
+    """Return what every row beyond the live ones does."""
+    return DecodeRows(
+        token_ids=np.zeros(1, np.int64),
+        position_ids=np.zeros(1, np.int64),
+        slots=np.full(1, spare_slot),
+        logit_index=np.zeros(1, np.int64),
+        lengths=np.ones(1, np.int64),
+        blocks=[np.zeros((1, 1), np.int64)],
+        num_shared=[0],
+    )
+
+
+def _write_fields(fields: npt.NDArray[np.int32], rows: DecodeRows, stop: int) -> None:
+    fields[0, :stop] = rows.token_ids
+    fields[1, :stop] = rows.position_ids
+    fields[2, :stop] = rows.slots
+    fields[3, :stop] = rows.lengths
+    fields[4, : len(rows.logit_index)] = rows.logit_index

@@ -12,15 +12,12 @@ from npr_megatron.engine.compute.attention import PooledAttention
 from npr_megatron.engine.compute.decode_rows import (
     Bucket,
     BucketLimits,
-    all_buckets,
-    bucket_for,
     decode_rows,
     round_up_keys,
     round_up_rows,
 )
 from npr_megatron.engine.compute.device_batch import to_device
 from npr_megatron.engine.compute.model import EngineModel
-from npr_megatron.engine.compute.sampler import policy_logprobs
 from npr_megatron.engine.compute.static_decode import GatherReader, StaticDecode
 from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.schedule.batch import Batch, assemble
@@ -36,13 +33,16 @@ from tests.engines import TINY, random_weights
 
 LIMITS = BucketLimits(max_rows=32, max_reads=32 * 512)
 NUM_SLOTS = 8192
+SPARE = NUM_SLOTS + 1
 
 
 def model_with(seed: int) -> EngineModel:
     """A model with random weights and a cache full of random keys and values, in float64: what is
-    left between two orders of summation is the rounding of log-probs to fp32.
+    left between two orders of summation is the rounding of logits to fp32.
     """
-    model = EngineModel(TINY, num_slots=NUM_SLOTS, dtype=torch.float64, device=torch.device("cpu"))
+    model = EngineModel(
+        TINY, num_slots=NUM_SLOTS + 1, dtype=torch.float64, device=torch.device("cpu")
+    )
     for name, weight in random_weights(TINY, seed).items():
         model.weights[name].copy_(weight)
     scatter_cache(model, seed)
@@ -64,7 +64,7 @@ def ragged(model: EngineModel, batch: Batch) -> torch.Tensor:
     placed = to_device(batch, model.device)
     attend = PooledAttention(model.kv_cache, placed.slots, placed.groups)
     hidden = model.hidden(placed.token_ids, placed.position_ids, attend)
-    return policy_logprobs(model.logits(hidden.index_select(0, placed.logit_index)))
+    return model.logits(hidden.index_select(0, placed.logit_index))
 
 
 def static_decode(model: EngineModel, limits: BucketLimits = LIMITS) -> StaticDecode:
@@ -86,9 +86,9 @@ def test_a_padded_step_equals_the_ragged_one(seed: int):
     for _ in range(4):
         batch = decode_batch(rng, pool, rows, model)
         torch.testing.assert_close(run(static, batch), ragged(other, batch), atol=1e-6, rtol=1e-6)
-    # Same keys and values were written, and nothing else but the dummy.
+    # Same keys and values were written, and nothing else but the spare slot.
     for cache, expected in zip(model.kv_cache, other.kv_cache, strict=True):
-        torch.testing.assert_close(cache[1:], expected[1:], atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(cache[:-1], expected[:-1], atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -128,17 +128,17 @@ def test_padded_rows_change_no_live_slot():
     run(static_decode(model), batch)
     for cache, old in zip(model.kv_cache, before, strict=True):
         changed = (cache != old).flatten(1).any(dim=1).nonzero()[:, 0].tolist()
-        assert changed == sorted([0, *batch.slots.tolist()])
+        assert changed == sorted([*batch.slots.tolist(), SPARE])
 
 
-def test_a_step_of_padding_only_changes_the_dummy_only():
+def test_a_step_of_padding_only_changes_the_spare_slot_only():
     model = model_with(3)
     static, before = static_decode(model), [cache.clone() for cache in model.kv_cache]
     bucket = Bucket(4, 128)
-    static.load(None, bucket)
+    static.load_padding(bucket)
     static.forward(bucket)
     for cache, old in zip(model.kv_cache, before, strict=True):
-        assert (cache != old).flatten(1).any(dim=1).nonzero()[:, 0].tolist() == [0]
+        assert (cache != old).flatten(1).any(dim=1).nonzero()[:, 0].tolist() == [SPARE]
 
 
 def test_results_do_not_depend_on_what_an_earlier_larger_step_left_behind():
@@ -171,6 +171,18 @@ def test_memory_is_fixed_and_results_are_copies():
 
 def is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
+
+
+def test_broken_weights_leave_nothing_behind_in_what_padding_reads():
+    rng = np.random.default_rng(9)
+    model, pool = model_with(9), SlotPool(NUM_SLOTS)
+    healthy = copy_of(model)
+    static, rows = static_decode(model), rows_of_lengths(pool, [40, 3, 7])
+    model.weights["embed_tokens.weight"].fill_(torch.nan)
+    assert run(static, decode_batch(rng, pool, rows, model)).isnan().all()
+    model.weights["embed_tokens.weight"].copy_(healthy.weights["embed_tokens.weight"])
+    batch = decode_batch(rng, pool, rows_of_lengths(pool, [50, 2, 8]), model)
+    torch.testing.assert_close(run(static, batch), ragged(healthy, batch), atol=1e-6, rtol=1e-6)
 
 
 def test_new_weights_in_place_are_seen_without_any_change_to_the_step():
@@ -217,7 +229,7 @@ def test_short_runs_among_single_tokens_are_rows_of_their_own(seed: int):
         run(static_decode(model), batch), ragged(other, batch), atol=1e-6, rtol=1e-6
     )
     for cache, expected in zip(model.kv_cache, other.kv_cache, strict=True):
-        torch.testing.assert_close(cache[1:], expected[1:], atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(cache[:-1], expected[:-1], atol=1e-10, rtol=1e-10)
 
 
 def test_batches_with_longer_runs_and_batches_beyond_the_limits_are_left_to_others():
@@ -255,17 +267,3 @@ def test_rounding_wastes_at_most_a_quarter_of_what_is_large():
         assert value <= round_up_keys(value) < max(value + 128, 1.25 * value + 1)
         assert round_up_rows(round_up_rows(value)) == round_up_rows(value)
         assert round_up_keys(round_up_keys(value)) == round_up_keys(value)
-
-
-def test_buckets_ahead_are_all_that_any_batch_asks_for():
-    limits = BucketLimits(max_rows=20, max_reads=8192)
-    ahead = all_buckets(700, limits)
-    asked = {
-        bucket_for(num_rows, longest, limits)
-        for num_rows in range(1, 21)
-        for longest in range(1, 701)
-    } - {None}
-    assert set(ahead) == asked
-    assert len(ahead) == len(set(ahead))
-    assert ahead == sorted(ahead, reverse=True)
-    assert max(bucket.num_rows * bucket.num_keys for bucket in ahead) <= 8192
