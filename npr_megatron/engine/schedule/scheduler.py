@@ -229,7 +229,7 @@ class Scheduler:
         tokens = tree.shared_tokens
         prefix, num_ready = self.prefixes.acquire(tokens)
         self.prefixes.evict(tree.num_suspended_slots)
-        replay = tree.open(self._pool, prefix)
+        tree.replay = replay = tree.open(self._pool, prefix)
         tree.is_filling = replay is not None or num_ready < len(tokens)
         insort(self.running, tree, key=_age)
         self.counts.prompt_tokens += len(tokens)
