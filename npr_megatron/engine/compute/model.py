@@ -79,13 +79,15 @@ class EngineModel:
         self.device = device
         self._ranks = ranks
         rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
-        self._num_q = model.num_attention_heads // size
-        self._num_kv = max(1, model.num_key_value_heads // size)
+        self.num_q = model.num_attention_heads // size
+        """Query heads of this rank."""
+        self.num_kv = max(1, model.num_key_value_heads // size)
+        """Key heads of this rank, each with its values."""
         self.weights: dict[str, Tensor] = empty_storages(
             storage_layout(model, size, weights).ranks[rank], dtype, device
         )
         """Live storages; written in place only."""
-        kv_shape = (num_slots + 1, 2 * self._num_kv, model.head_dim)
+        kv_shape = (num_slots + 1, 2 * self.num_kv, model.head_dim)
         self.kv_cache: list[Tensor] = [
             torch.zeros(kv_shape, dtype=dtype, device=device)
             for _ in range(model.num_hidden_layers)
@@ -93,7 +95,7 @@ class EngineModel:
         """Per layer [slots + 1, 2 K, D]: K keys, then K values, so one gather reads both."""
         self._layers = [self._bind(layer) for layer in range(model.num_hidden_layers)]
         self._head_norms = self._fuse_head_norms()
-        num_heads = (self._num_q, self._num_kv)
+        num_heads = (self.num_q, self.num_kv)
         self._norm_of_head = torch.arange(2, device=device).repeat_interleave(
             torch.tensor(num_heads, device=device)
         )
@@ -151,7 +153,7 @@ class EngineModel:
         """Return queries, and keys and values; queries and keys are normalised and rotated
         together, in place.
         """
-        num_q, num_kv, head = self._num_q, self._num_kv, self.config.head_dim
+        num_q, num_kv, head = self.num_q, self.num_kv, self.config.head_dim
         heads = linear(normed, qkv).view(-1, num_q + 2 * num_kv, head)
         turned = heads[:, : num_q + num_kv]
         _rotate(_rms_norm(turned, head_norms, self.config.rms_norm_eps), cos, sin, out=turned)
