@@ -1,134 +1,96 @@
-"""``npr generate``: answer prompts with a trained model and draw how it reasoned."""
+"""``npr generate``: answer prompts with a trained model and watch how it reasons."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from npr_megatron.cli.interrupt import interruptible
+from npr_megatron.cli import generate_options as option
+from npr_megatron.cli.answering import carry_out
 from npr_megatron.cli.options import Json
+from npr_megatron.cli.prompt_files import read_prompts
 from npr_megatron.config.hf_architecture import read_trainable_architecture
 from npr_megatron.errors import InputError
-from npr_megatron.records.trajectory import Trajectory
-
-
-class Mode(StrEnum):
-    """How to decode."""
-
-    PARALLEL = "parallel"
-    SEQUENTIAL = "sequential"
+from npr_megatron.pipeline.answer_order import AnswerOrder
+from npr_megatron.records.request import GenerationRequest, RefusalPolicy
+from npr_megatron.records.trajectory import DecodeMode
 
 
 def generate(
-    model_folder: Annotated[
-        Path, typer.Argument(metavar="MODEL_DIR", help="HF folder, such as RUN_DIR/stages/npr/hf.")
-    ],
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]")] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(help='Read prompts from here too: one per line, or JSONL with "question".'),
-    ] = None,
-    mode: Annotated[
-        Mode, typer.Option(help="Decode branches at once, or plain text.")
-    ] = Mode.PARALLEL,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Budget over all branches; default: half the model's positions."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Key of the sampling.")] = 0,
+    model_folder: option.ModelFolder,
+    prompts: option.Prompts = None,
+    file: option.PromptFile = None,
+    output: option.Output = None,
     as_json: Json = False,
+    mode: option.Mode = DecodeMode.PARALLEL,
+    samples: option.Samples = 1,
+    on_refusal: option.OnRefusal = RefusalPolicy.SEQUENTIAL,
+    temperature: option.Temperature = 0.0,
+    top_p: option.TopP = 1.0,
+    top_k: option.TopK = 0,
+    min_p: option.MinP = 0.0,
+    repetition_penalty: option.RepetitionPenalty = 1.0,
+    step_repetition_penalty: option.StepRepetitionPenalty = 1.0,
+    seed: option.Seed = 0,
+    max_new_tokens: option.MaxNewTokens = None,
+    timeout: option.Timeout = None,
+    max_running: option.MaxRunning = 128,
+    device: option.Device = None,
+    dtype: option.DtypeOption = None,
+    weights: option.WeightsOption = option.Weights.AS_TRAINED,
 ) -> None:
-    """Answer prompts with a trained model.
+    """Answer prompts with a trained model; in a terminal, watch the branches grow.
 
     Examples:
 
       npr generate runs/quickstart-seed0/stages/npr/hf "a:1+2+9;b:3+5+4;c:7+7+2?"
 
-      npr generate MODEL_DIR --file problems.jsonl --temperature 1 --json
+      npr generate MODEL_DIR --file problems.jsonl --output answers.jsonl
+
+      npr generate MODEL_DIR "a:1+2?" --samples 4 --temperature 1 --top-p 0.95 --json
+
+      echo "a:1+2?" | npr generate MODEL_DIR - --mode sequential
+
+    A prompt that cannot be answered (too long, or with signs the tokenizer does not know) is named
+    and left out; the others are answered, and the exit code is 2.
     """
-    texts = [*(prompts or []), *(read_prompts(file) if file is not None else [])]
-    if not texts:
-        raise InputError("no prompt was given; add one in quotes, or --file")
-    budget = max_new_tokens or default_budget(model_folder)
-    with interruptible("nothing was kept"):
-        results = _answer(model_folder, texts, mode.value, temperature, budget, seed)
-    for trajectory, pieces in results:
-        if as_json:
-            answer = "".join(pieces[trajectory.prompt_length :])
-            print(json.dumps({"text": answer, "trajectory": trajectory.to_json()}))
-        else:
-            _draw(trajectory, pieces)
+    asked = read_prompts(prompts or [], file)
+    if samples > 1 and temperature == 0.0:
+        raise InputError(
+            f"{samples} samples were asked for at temperature 0, where all would be the same; "
+            "add --temperature 1"
+        )
+    template = GenerationRequest(
+        prompt_id="",
+        rollout=0,
+        prompt_ids=(),
+        mode=mode,
+        max_new_tokens=max_new_tokens or default_budget(model_folder),
+        max_critical_path=1,
+        seed=seed,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        step_repetition_penalty=step_repetition_penalty,
+        on_refusal=on_refusal,
+        timeout_s=timeout,
+    )
+    order = AnswerOrder(
+        model_folder=model_folder,
+        questions={prompt.name: prompt.text for prompt in asked},
+        template=template,
+        num_samples=samples,
+        is_budget_firm=max_new_tokens is not None,
+        device=device,
+        dtype=None if dtype is None else dtype.value,
+        weights=weights.value,
+        max_running=max_running,
+    )
+    carry_out(order, output=output, as_json=as_json)
 
 
 def default_budget(model_folder: Path) -> int:
     """Return half of the positions the model knows, the rest being for the prompt; at most
     8,192."""
     return min(read_trainable_architecture(model_folder).max_position_embeddings // 2, 8192)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts in ``path``: lines of text, or the ``question`` of JSON objects
-    (``.jsonl``).
-
-    Raises:
-        InputError: the file is missing, or a line of a ``.jsonl`` has no question.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"prompt file {path} does not exist; give a text or .jsonl file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompt file {path} cannot be read: {error}; give UTF-8 text") from error
-    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if path.suffix != ".jsonl":
-        return [line for _, line in filled]
-    return [_question(path, number, line) for number, line in filled]
-
-
-def _question(path: Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}:{number} is not JSON ({error}); write one object a line"
-        ) from error
-    if not isinstance(record, dict) or not isinstance(record.get("question"), str):
-        raise InputError(f'{path}:{number} has no "question" text; write {{"question": "..."}}')
-    return record["question"]
-
-
-def _answer(
-    model_folder: Path,
-    texts: Sequence[str],
-    mode: str,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-) -> Sequence[tuple[Trajectory, Sequence[str]]]:
-    from npr_megatron.config.engine import EngineConfig
-    from npr_megatron.pipeline.generate import generate as answer
-    from npr_megatron.records.trajectory import DecodeMode
-
-    return answer(
-        model_folder,
-        texts,
-        mode=DecodeMode(mode),
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        engine=EngineConfig(),
-    )
-
-
-def _draw(trajectory: Trajectory, pieces: Sequence[str]) -> None:
-    from rich.console import Console
-
-    from npr_megatron.report.tree import trajectory_tree
-
-    Console().print(trajectory_tree(trajectory, pieces))

@@ -49,7 +49,7 @@ class MetricsLog:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_unfinished_line(self._path)
+        drop_unfinished_line(self._path)
 
     def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Append one line and hand it to the operating system.
@@ -109,7 +109,8 @@ def _finite_or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _drop_unfinished_line(path: Path) -> None:
+def drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed process has left of a last line; nothing where there is no file."""
     if not path.exists():
         return
     content = path.read_bytes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich import box as borders
 from rich.console import RenderableType
@@ -15,6 +15,8 @@ from npr_megatron.report.outline import Box, BoxKind, outline
 
 MAX_CHARACTERS = 600
 """Longer texts are cut in the terminal; the page shows them whole."""
+GROWING_CHARACTERS = 240
+"""So much of the end of a text is shown while it grows."""
 _STYLES = {
     BoxKind.PROMPT: "bold",
     BoxKind.GUIDELINE: "magenta",
@@ -24,6 +26,7 @@ _STYLES = {
     BoxKind.TAKEAWAY: "yellow",
     BoxKind.TEXT: "green",
 }
+_BRANCH_STYLES = ("cyan", "green", "yellow", "magenta", "blue")
 
 
 def trajectory_tree(trajectory: Trajectory, pieces: Sequence[str]) -> Tree:
@@ -33,61 +36,75 @@ def trajectory_tree(trajectory: Trajectory, pieces: Sequence[str]) -> Tree:
         trajectory: [T] tokens.
         pieces: [T] decoded string of each token.
     """
-    tree = Tree(_headline(trajectory), guide_style="dim")
-    for box in outline(trajectory, pieces):
-        _add(tree, box)
+    name, rest = headline(trajectory).split(" | ", 1)
+    tree = Tree(Text.assemble((name, "bold"), (f"  {rest}", "dim")), guide_style="dim")
+    add_boxes(tree, outline(trajectory, pieces))
     if trajectory.finish is not FinishReason.STOP:
         detail = f": {trajectory.finish_detail}" if trajectory.finish_detail else ""
         tree.add(Text(f"ended by {trajectory.finish}{detail}", "bold red"))
+    elif trajectory.finish_detail:
+        tree.add(Text(trajectory.finish_detail, "yellow"))
     return tree
 
 
 def headline(trajectory: Trajectory) -> str:
     """Return name, mode and lengths of ``trajectory`` in one line."""
-    num_tokens, path = trajectory.num_tokens, trajectory.critical_path_tokens
-    lengths = f"{num_tokens} tokens"
-    if path < num_tokens:
-        lengths += f", longest path {path} ({num_tokens / path:.1f}x shorter)"
+    lengths = show_lengths(trajectory.num_tokens, trajectory.critical_path_tokens)
     return f"{trajectory.prompt_id} #{trajectory.rollout} | {trajectory.mode} | {lengths}"
 
 
-def _headline(trajectory: Trajectory) -> Text:
-    name, rest = headline(trajectory).split(" | ", 1)
-    return Text.assemble((name, "bold"), (f"  {rest}", "dim"))
+def show_lengths(num_tokens: int, path: int) -> str:
+    """Return how many tokens there are, and how many on the longest path if that is less."""
+    lengths = f"{num_tokens} tokens"
+    if path < num_tokens:
+        lengths += f", longest path {path} ({num_tokens / path:.1f}x shorter)"
+    return lengths
 
 
-def _add(tree: Tree, box: Box) -> None:
-    if box.kind is BoxKind.FORK:
-        tree.add(_branches(box))
-    elif box.kind is BoxKind.GUIDELINE:
-        node = tree.add(_line(box, f"guideline, {len(box.children)} plans"))
-        for plan in box.children:
-            node.add(_body(plan))
-        if box.text:  # stray text between plans
-            node.add(_body(box))
-    else:
-        name = "answer" if box.kind is BoxKind.TEXT else str(box.kind)
-        tree.add(Text.assemble(_line(box, name), "  ", _body(box)))
+def add_boxes(tree: Tree, boxes: Iterable[Box], *, is_growing: bool = False) -> None:
+    """Draw ``boxes`` below ``tree``.
+
+    Args:
+        is_growing: show the end of long texts, in columns that keep their width, and take a missing
+            closing tag for one that is still to come.
+    """
+    for box in boxes:
+        if box.kind is BoxKind.FORK:
+            tree.add(_branches(box, is_growing))
+        elif box.kind is BoxKind.GUIDELINE:
+            node = tree.add(_line(box, f"guideline, {len(box.children)} plans", is_growing))
+            for plan in box.children:
+                node.add(_body(plan, is_growing))
+            if box.text:  # stray text between plans
+                node.add(_body(box, is_growing))
+        else:
+            name = "answer" if box.kind is BoxKind.TEXT else str(box.kind)
+            line = _line(box, name, is_growing)
+            tree.add(Text.assemble(line, "  ", _body(box, is_growing)))
 
 
-def _branches(fork: Box) -> RenderableType:
+def _branches(fork: Box, is_growing: bool) -> RenderableType:
     """One column per branch, so that what ran side by side stands side by side."""
-    table = Table(box=borders.ROUNDED, border_style=_STYLES[BoxKind.FORK], show_header=True)
+    table = Table(box=borders.ROUNDED, border_style=_STYLES[BoxKind.FORK], expand=is_growing)
     for index, branch in enumerate(fork.children, start=1):
-        table.add_column(_line(branch, f"branch {index}"), overflow="fold")
-    table.add_row(*(_body(branch) for branch in fork.children))
+        style = _BRANCH_STYLES[(index - 1) % len(_BRANCH_STYLES)]
+        line = _line(branch, f"branch {index}", is_growing, style)
+        table.add_column(line, overflow="fold", ratio=1 if is_growing else None)
+    table.add_row(*(_body(branch, is_growing) for branch in fork.children))
     return table
 
 
-def _line(box: Box, name: str) -> Text:
-    line = Text.assemble((name, _STYLES[box.kind]), (f" {box.num_tokens}t", "dim"))
+def _line(box: Box, name: str, is_growing: bool, style: str | None = None) -> Text:
+    line = Text.assemble((name, style or _STYLES[box.kind]), (f" {box.num_tokens}t", "dim"))
     if not box.is_closed:
-        line.append(" not closed", "red")
+        line.append(*((" ...", "dim") if is_growing else (" not closed", "red")))
     return line
 
 
-def _body(box: Box) -> Text:
+def _body(box: Box, is_growing: bool) -> Text:
     text = box.text
-    if len(text) > MAX_CHARACTERS:
-        text = f"{text[:MAX_CHARACTERS]}... ({len(box.text) - MAX_CHARACTERS} more characters)"
+    if is_growing and len(text) > GROWING_CHARACTERS:
+        text = f"... {text[-GROWING_CHARACTERS:]}"
+    elif len(text) > MAX_CHARACTERS:
+        text = f"{text[:MAX_CHARACTERS]}... ({len(text) - MAX_CHARACTERS} more characters)"
     return Text(text)
