@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,41 +26,21 @@ from torch import Tensor
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.compute.runner import LocalRunner, Runner
-from npr_megatron.engine.compute.sampler import choose
+from npr_megatron.engine.decode import decode, recompute
 from npr_megatron.engine.events import Event, Watcher
-from npr_megatron.engine.flow.flow import Flow, Stream, Teacher
+from npr_megatron.engine.flow.flow import Flow, Teacher
 from npr_megatron.engine.flow.segment import Segment
 from npr_megatron.engine.intake import request_problems
 from npr_megatron.engine.live_weights import LiveWeights
 from npr_megatron.engine.memory.pool import SlotPool
-from npr_megatron.engine.schedule.batch import assemble
-from npr_megatron.engine.schedule.feed import Feed
 from npr_megatron.engine.schedule.scheduler import Scheduler
 from npr_megatron.engine.schedule.tree import Tree
+from npr_megatron.engine.stats import EngineStats
 from npr_megatron.errors import InputError, StaleWeightsError
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import FinishReason, FloatArray, Trajectory
 from npr_megatron.schema.grammar import Grammar
 from npr_megatron.schema.tags import Vocabulary
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """What an engine holds now and has done so far."""
-
-    num_running: int
-    num_waiting: int
-    num_kv_slots_held: int
-    """Keys and values in use [tokens], prompts included."""
-    num_kv_slots_idle: int
-    """Those of prompts that nobody uses now; given up when room is needed."""
-    num_preemptions: int
-    num_replayed_tokens: int
-    """Tokens computed again because of preemptions."""
-    num_prompt_tokens: int
-    """Prompt tokens of admitted requests, all but each prompt's last."""
-    num_cached_prompt_tokens: int
-    """How many of them were in the pool already."""
 
 
 class Engine:
@@ -236,8 +216,9 @@ class Engine:
         self._end_overdue()
         ended, self._ended = self._ended + self._scheduler.drop_finished(), []
         plan = self._scheduler.plan()
-        if plan.streams or plan.feeds:
-            self._compute(plan.streams, plan.feeds)
+        lost = decode(plan, self._pool, self._runner, self.weight_version)
+        if lost:
+            self._fail(lost)
         ended += self._scheduler.drop_finished()
         if self._config.debug_checks:
             self.check_integrity()
@@ -325,17 +306,10 @@ class Engine:
             case "drop":
                 self._scheduler.start_again(self.weight_version)
             case "recompute":
-                for feed in self._scheduler.renew(self.weight_version):
-                    self._recompute(feed)
+                feeds = self._scheduler.renew(self.weight_version)
+                recompute(feeds, self._pool, self._runner, self._config.max_step_tokens)
             case "keep":
                 self._scheduler.enter(self.weight_version)
-
-    def _recompute(self, feed: Feed) -> None:
-        rest: Feed | None = feed
-        while rest is not None:
-            piece, rest = rest.take(self._config.max_step_tokens)
-            batch, _, _ = assemble([], [piece], self._pool)
-            self._runner.run(batch)
 
     def _require_weights(self) -> None:
         if self.weight_version < 0:
@@ -343,55 +317,6 @@ class Engine:
                 "the engine was asked to compute, but holds no weights; "
                 "call load, or staging and commit"
             )
-
-    # One step
-
-    def _compute(self, streams: Sequence[Stream], feeds: Sequence[Feed]) -> None:
-        """Run the model, record the log-probs of forced tokens, sample, and hand each stream its
-        token.
-        """
-        batch, sampled, scored = assemble(streams, feeds, self._pool)
-        logits_MV = self._runner.run(batch)
-        if not len(logits_MV):
-            return
-        totals_M = logits_MV.logsumexp(dim=-1)
-        self._fail_without_distribution(totals_M, sampled, scored)
-        tokens = choose(logits_MV[: len(sampled)], sampled)
-        known = [segment.token_ids[index] for segment, index in scored]
-        labels_M = torch.tensor(tokens + known, dtype=torch.int64).to(logits_MV.device)
-        logprobs = (logits_MV.gather(-1, labels_M[:, None])[:, 0] - totals_M).tolist()
-        for (segment, index), logprob in zip(scored, logprobs[len(sampled) :], strict=True):
-            segment.logprobs[index] = logprob
-        version = self.weight_version
-        for row, (stream, token_id) in enumerate(zip(sampled, tokens, strict=True)):
-            # A sibling earlier in this step may have ended the trajectory.
-            if stream.flow.finish is not None:
-                continue
-            if stream.flow.accept(stream, token_id, logprobs[row], version):
-                segment = stream.segment
-                replaced = logits_MV[row, segment.token_ids[-1]] - totals_M[row]
-                segment.logprobs[-1] = float(replaced)
-
-    def _fail_without_distribution(
-        self,
-        totals_M: Tensor,
-        sampled: Sequence[Stream],
-        scored: Sequence[tuple[Segment, int]],
-    ) -> None:
-        """End the trajectories whose logits have no finite log-sum-exp; the others go on."""
-        is_lost_M = ~totals_M.isfinite()
-        if not bool(is_lost_M.any()):
-            return
-        lost: set[int] = set()
-        for row in is_lost_M.nonzero()[:, 0].tolist():
-            is_sampled = row < len(sampled)
-            lost.add(id(sampled[row].segment if is_sampled else scored[row - len(sampled)][0]))
-        for tree in self._scheduler.running:
-            flow = tree.flow
-            if any(id(segment) in lost for segment in flow.segments):
-                flow.finish = FinishReason.FAILED
-                flow.finish_detail = f"log-probs under weight version {self.weight_version} are NaN"
-        self._scheduler.distrust_prompts()
 
     # Between two steps
 
@@ -411,6 +336,16 @@ class Engine:
         if tree in self._scheduler.waiting:
             self._scheduler.drop_waiting(tree)
             self._ended.append(tree)
+
+    def _fail(self, lost: Sequence[Segment]) -> None:
+        """End the trajectories of segments without a distribution; the others go on."""
+        names = {id(segment) for segment in lost}
+        for tree in self._scheduler.running:
+            flow = tree.flow
+            if not names.isdisjoint(map(id, flow.segments)):
+                flow.finish = FinishReason.FAILED
+                flow.finish_detail = f"log-probs under weight version {self.weight_version} are NaN"
+        self._scheduler.distrust_prompts()
 
     def _end_overdue(self) -> None:
         if self._deadlines:

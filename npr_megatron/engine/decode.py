@@ -1,0 +1,71 @@
+"""One step of decoding: lay the plan out, run the model, sample, hand every stream its token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from npr_megatron.engine.compute.runner import Runner
+from npr_megatron.engine.compute.sampler import choose
+from npr_megatron.engine.flow.flow import Stream
+from npr_megatron.engine.flow.segment import Segment
+from npr_megatron.engine.memory.pool import SlotPool
+from npr_megatron.engine.schedule.batch import assemble
+from npr_megatron.engine.schedule.feed import Feed
+from npr_megatron.engine.schedule.scheduler import StepPlan
+
+
+def decode(plan: StepPlan, pool: SlotPool, runner: Runner, version: int) -> list[Segment]:
+    """Compute ``plan``: record the log-probs of forced tokens, take one token per stream.
+
+    Args:
+        version: that of the live weights, stamped on the tokens.
+
+    Returns:
+        Segments for which the model gave no distribution (NaN): they took no token, and their
+        trajectories cannot go on. All others are as they should be.
+    """
+    if not plan.streams and not plan.feeds:
+        return []
+    batch, sampled, scored = assemble(plan.streams, plan.feeds, pool)
+    logits_MV = runner.run(batch)
+    if not len(logits_MV):
+        return []
+    totals_M = logits_MV.logsumexp(dim=-1)
+    tokens = choose(logits_MV[: len(sampled)], sampled)
+    known = [segment.token_ids[index] for segment, index in scored]
+    labels_M = torch.tensor(tokens + known, dtype=torch.int64).to(logits_MV.device)
+    logprobs = (logits_MV.gather(-1, labels_M[:, None])[:, 0] - totals_M).tolist()
+    for (segment, index), logprob in zip(scored, logprobs[len(sampled) :], strict=True):
+        segment.logprobs[index] = logprob
+    lost = _without_distribution(totals_M)
+    for row, (stream, token_id) in enumerate(zip(sampled, tokens, strict=True)):
+        # A sibling earlier in this step may have ended the trajectory.
+        if stream.flow.finish is not None or row in lost:
+            continue
+        if stream.flow.accept(stream, token_id, logprobs[row], version):
+            segment = stream.segment
+            replaced = logits_MV[row, segment.token_ids[-1]] - totals_M[row]
+            segment.logprobs[-1] = float(replaced)
+    if not lost:
+        return []
+    segments = [stream.segment for stream in sampled] + [segment for segment, _ in scored]
+    return [segments[row] for row in lost]
+
+
+def recompute(feeds: Sequence[Feed], pool: SlotPool, runner: Runner, max_tokens: int) -> None:
+    """Compute the keys and values of ``feeds`` in their slots, ``max_tokens`` at a time."""
+    for feed in feeds:
+        rest: Feed | None = feed
+        while rest is not None:
+            piece, rest = rest.take(max_tokens)
+            batch, _, _ = assemble([], [piece], pool)
+            runner.run(batch)
+
+
+def _without_distribution(totals_M: Tensor) -> list[int]:
+    """Return the rows whose log-sum-exp is not finite: one NaN among the logits makes it NaN."""
+    is_lost_M = ~totals_M.isfinite()
+    return is_lost_M.nonzero()[:, 0].tolist() if bool(is_lost_M.any()) else []
