@@ -1,4 +1,4 @@
-"""The benchmark of weights runs and judges; what it measures is not asserted here."""
+"""The benchmarks run and judge; what they measure is not asserted here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+WITHOUT_SGLANG = ("parallel", "hf", "group", "overhead", "history", "device")
 SMALL = ("--layers", "1", "--hidden", "64", "--repeats", "1", "--planned-model", "qwen3-0.6b")
 
 
@@ -28,3 +29,33 @@ def test_the_benchmark_of_weights_measures_every_promise(tmp_path):
     assert all(figure["value"] > 0 for figure in figures)
     assert {figure["verdict"] for figure in figures} <= {"PASS", "MISS", ""}
     assert list(tmp_path.iterdir()) == []
+
+
+def bench_engine(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools/bench_engine.py"), "--json", "--quick", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_engine_measures_every_promise():
+    result = bench_engine("--repeats", "1", "--only", *WITHOUT_SGLANG)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    judged = [figure["name"].split(",")[0] for figure in figures if figure["bar"] is not None]
+    promises = [
+        "parallel / sequential / ideal",
+        "tokens/s / HF",
+        "shared / separate prompts",
+        "outside the model",
+        "cost per token",
+        "parallel / sequential",
+    ]
+    assert judged == promises
+    assert all(figure["value"] >= 0 for figure in figures)
+    assert {figure["verdict"] for figure in figures} <= {"PASS", "MISS", ""}
+
+
+def test_without_its_environment_sglang_is_left_out_and_the_benchmark_says_how_to_make_it(tmp_path):
+    result = bench_engine("--only", "sglang", "--sglang", str(tmp_path))
+    assert (result.returncode, json.loads(result.stdout)) == (0, [])
+    assert f"tools/setup_sglang_cpu.sh {tmp_path}" in result.stderr

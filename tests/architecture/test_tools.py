@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
-    *sorted(path for path in (ROOT / "tools").iterdir() if path.suffix in ("", ".sh")),
+    *sorted(
+        path for path in (ROOT / "tools").iterdir() if path.is_file() and path.suffix in ("", ".sh")
+    ),
     ROOT / ".ci/run",
 ]
 

@@ -1,8 +1,9 @@
-"""SGLang on a CPU in plain torch: a platform of its own, because the one SGLang has for CPUs imports
-compiled operators that no package index carries.
+"""SGLang on a CPU in plain torch.
 
-SGLang finds :func:`activate` by its entry point ``sglang.srt.platforms`` in every process it starts;
-nothing of this package imports this module. Where CUDA is present SGLang keeps its own platform.
+The platform that SGLang itself has for CPUs imports compiled operators that no package index
+carries; this one needs torch only. SGLang finds :func:`activate` by its entry point
+``sglang.srt.platforms`` in every process it starts; nothing of this package imports this module.
+Where CUDA is present SGLang keeps its own platform.
 """
 
 from __future__ import annotations

@@ -1,0 +1,116 @@
+"""Native parallel against sequential decoding of the same tokens, for tools/bench_engine.py.
+
+A teacher makes both modes write the same response, so a random model serves. Its ideal speed-up is
+(all tokens) / (critical path), the tokens of the longest path through the branches. More than that
+is possible: forced headers ride along with sampled tokens and cost no step of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from bench_engine_models import VOCABULARY, WORDS, Subject
+from bench_engine_workload import require_equal
+from bench_figures import Figure, bests
+
+from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.flow.flow import Teacher
+from npr_megatron.records.request import GenerationRequest
+from npr_megatron.records.trajectory import DecodeMode
+from npr_megatron.schema.render import BlockTexts, render
+from npr_megatron.topology.layout import layout_of
+
+_PROMPT = tuple(WORDS)[:64]
+
+
+def parallel_figures(
+    subject: Subject, branches: Sequence[int], step_tokens: int, repeats: int
+) -> list[Figure]:
+    """Return the share of the ideal speed-up at batch 1, per number of branches."""
+    engine = subject.engine(1)
+    figures: list[Figure] = []
+    for num_branches in branches:
+        response = response_of(num_branches, step_tokens)
+        sequential_s, parallel_s = _seconds(engine, response, subject, repeats)
+        speedup, ideal = sequential_s / parallel_s, ideal_speedup(response)
+        detail = f"speed-up {speedup:.2f}, total / critical path {ideal:.2f}"
+        name = f"parallel / sequential / ideal, {num_branches} branches"
+        figures.append(Figure(name, speedup / ideal, bar=0.85, detail=detail))
+    return figures
+
+
+def five_branch_figure(subject: Subject, step_tokens: int, repeats: int) -> Figure:
+    """Return the speed-up at batch 1 where five long steps make up nearly all of the response."""
+    response = response_of(5, step_tokens)
+    sequential_s, parallel_s = _seconds(subject.engine(1), response, subject, repeats)
+    detail = f"total / critical path {ideal_speedup(response):.2f}, {len(response)} tokens"
+    return Figure(
+        "parallel / sequential, 5 branches", sequential_s / parallel_s, "x", 4.6, False, detail
+    )
+
+
+def response_of(num_branches: int, step_tokens: int) -> list[int]:
+    """Return a response of two blocks, whose steps have about ``step_tokens`` tokens of text."""
+    rng = np.random.default_rng(num_branches)
+
+    def text(num_tokens: int) -> tuple[int, ...]:
+        return tuple(rng.choice(WORDS, num_tokens).tolist())
+
+    def block() -> BlockTexts:
+        lengths = rng.integers(step_tokens * 7 // 8, step_tokens * 9 // 8 + 1, num_branches)
+        plans = [text(3) for _ in lengths]
+        return BlockTexts(plans, [text(int(length)) for length in lengths], text(8))
+
+    return render([block(), block()], text(8), VOCABULARY)
+
+
+def ideal_speedup(response: Sequence[int]) -> float:
+    """Return (all tokens) / (critical path)."""
+    layout = layout_of([*_PROMPT, *response], len(_PROMPT), VOCABULARY)
+    return len(response) / (int(layout.position_ids.max()) + 1 - len(_PROMPT))
+
+
+def _seconds(
+    engine: Engine, response: list[int], subject: Subject, repeats: int
+) -> tuple[float, float]:
+    """Return the seconds that decoding takes one token after another, and branch-parallel."""
+    sequential_s, parallel_s = bests(
+        [
+            partial(decode_taught, engine, response, mode)
+            for mode in (DecodeMode.SEQUENTIAL, DecodeMode.PARALLEL)
+        ],
+        repeats,
+        subject.now,
+    )
+    return sequential_s, parallel_s
+
+
+def decode_taught(engine: Engine, response: list[int], mode: DecodeMode) -> None:
+    """Decode exactly ``response``."""
+    request = GenerationRequest(
+        prompt_id="taught",
+        rollout=0,
+        prompt_ids=_PROMPT,
+        mode=mode,
+        max_new_tokens=len(response),
+        max_critical_path=len(response),
+        seed=0,
+    )
+    engine.add(request, _teacher(response, mode))
+    num_tokens = 0
+    while engine.num_unfinished:
+        num_tokens += sum(trajectory.num_tokens for trajectory in engine.step())
+    require_equal(num_tokens, len(response))
+
+
+def _teacher(response: list[int], mode: DecodeMode) -> Teacher:
+    if mode is DecodeMode.SEQUENTIAL:
+        return lambda block, branch, index: response[index]
+    layout = layout_of([*_PROMPT, *response], len(_PROMPT), VOCABULARY)
+    streams: dict[tuple[int, int], list[int]] = {}
+    labels = zip(layout.block[len(_PROMPT) :], layout.branch[len(_PROMPT) :], strict=True)
+    for token_id, (block, branch) in zip(response, labels, strict=True):
+        streams.setdefault((int(block), int(branch)), []).append(token_id)
+    return lambda block, branch, index: streams[block, branch][index]
