@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 
 from npr_megatron import __version__
-from npr_megatron.cli.generate import default_budget, read_prompts
-from npr_megatron.errors import InputError
-from tests.unit.config.test_check import write_qwen3
 from tests.unit.report.runs import sums_tokenizer, write_run
 
 ROOT = Path(__file__).parents[3]
@@ -120,41 +117,6 @@ def test_report_of_no_run_is_one_line(npr, tmp_path):
     assert result.code == 2
     assert result.err.startswith(f"error: {tmp_path} holds no run")
     assert result.err.count("\n") == 1
-
-
-def test_generate_without_prompts_is_refused(npr, tmp_path):
-    result = npr("generate", str(tmp_path))
-    assert result.code == 2
-    assert result.err == "error: no prompt was given; add one in quotes, or --file\n"
-
-
-@pytest.mark.parametrize(("positions", "budget"), [(512, 256), (262144, 8192)])
-def test_without_a_budget_answers_may_take_half_the_positions(tmp_path, positions, budget):
-    folder = write_qwen3(tmp_path / "model", max_position_embeddings=positions)
-    assert default_budget(folder) == budget
-
-
-def test_generate_from_no_model_is_one_line(npr, tmp_path):
-    result = npr("generate", str(tmp_path / "none"), "a=1?")
-    assert result.code == 2
-    assert result.err.startswith(f"error: model folder {tmp_path / 'none'} has no config.json")
-    assert result.err.count("\n") == 1
-
-
-def test_prompts_are_read_from_text_and_jsonl(tmp_path):
-    text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
-    text.write_text("a=1?\n\n b=2?\n")
-    lines.write_text('{"question": "a=1?", "answer": "1"}\n\n{"question": "b=2?"}\n')
-    assert read_prompts(text) == ["a=1?", " b=2?"]
-    assert read_prompts(lines) == ["a=1?", "b=2?"]
-
-
-@pytest.mark.parametrize("line", ["a=1?", "[1]", '{"prompt": "a"}', '{"question": 3}'])
-def test_prompt_lines_without_a_question_are_named(tmp_path, line):
-    path = tmp_path / "p.jsonl"
-    path.write_text(f'{{"question": "ok"}}\n{line}\n')
-    with pytest.raises(InputError, match=r"p\.jsonl:2 "):
-        read_prompts(path)
 
 
 INTERRUPTED = """
