@@ -1,16 +1,16 @@
-"""A batch on the device of the model: two copies, one of indices and one of masks, whatever the
-number of groups.
-"""
+"""A batch as tensors on the device of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from npr_megatron.engine.compute.model import Attend
+from npr_megatron.engine.compute.transfer import Upload
 from npr_megatron.engine.schedule.batch import Batch, QueryGroup
 
 
@@ -43,47 +43,39 @@ class DeviceBatch:
     groups: list[DeviceGroup]
 
 
-def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
-    """Return ``batch`` as tensors on ``device``."""
-    indices = [batch.token_ids, batch.position_ids, batch.slots, batch.logit_index]
-    masks: list[np.ndarray] = []
+class Placed(NamedTuple):
+    """What the model needs to know of a batch: its tokens, the logits wanted, how it attends."""
+
+    token_ids: Tensor
+    position_ids: Tensor
+    logit_index: Tensor
+    attend: Attend
+
+
+def to_device(batch: Batch, upload: Upload) -> DeviceBatch:
+    """Return ``batch`` as tensors on the device of ``upload``: one copy, whatever the groups."""
+    arrays: list[np.ndarray] = [batch.token_ids, batch.position_ids, batch.slots, batch.logit_index]
     for group in batch.groups:
-        indices += [group.keys]
-        indices += [index for index in (group.padded, group.kept) if index is not None]
-        if group.visible is not None:
-            masks.append(group.visible)
-    index_parts, mask_parts = _copy(indices, device), _copy(masks, device)
+        parts = (group.keys, group.visible, group.padded, group.kept)
+        arrays += [part for part in parts if part is not None]
+    tensors = iter(upload(arrays))
     return DeviceBatch(
-        token_ids=next(index_parts),
-        position_ids=next(index_parts),
-        slots=next(index_parts),
-        logit_index=next(index_parts),
-        groups=[_group(group, index_parts, mask_parts) for group in batch.groups],
+        token_ids=next(tensors),
+        position_ids=next(tensors),
+        slots=next(tensors),
+        logit_index=next(tensors),
+        groups=[_group(group, tensors) for group in batch.groups],
     )
 
 
-def _group(group: QueryGroup, indices: Iterator[Tensor], masks: Iterator[Tensor]) -> DeviceGroup:
-    keys = next(indices)
-    padded = None if group.padded is None else next(indices)
-    kept = None if group.kept is None else next(indices)
-    visible = None
-    if group.visible is not None:
-        visible = next(masks).view(group.visible.shape)[:, None]
+def _group(group: QueryGroup, tensors: Iterator[Tensor]) -> DeviceGroup:
     return DeviceGroup(
         start=group.start,
         count=group.count,
         num_rows=len(group.keys),
         num_shared=group.num_shared,
-        keys=keys.view(group.keys.shape),
-        visible=visible,
-        padded=padded,
-        kept=kept,
+        keys=next(tensors),
+        visible=None if group.visible is None else next(tensors)[:, None],
+        padded=None if group.padded is None else next(tensors),
+        kept=None if group.kept is None else next(tensors),
     )
-
-
-def _copy(arrays: Sequence[np.ndarray], device: torch.device) -> Iterator[Tensor]:
-    """Yield each array, flat, as part of one tensor on ``device``."""
-    if not arrays:
-        return iter(())
-    flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
-    return iter(flat.to(device).split([array.size for array in arrays]))

@@ -31,6 +31,7 @@ from npr_megatron.engine.compute.decode_rows import (
     decode_rows,
     round_up_rows,
 )
+from npr_megatron.engine.compute.device_batch import Placed
 from npr_megatron.engine.compute.model import Attend, EngineModel
 from npr_megatron.engine.compute.paged_plan import (
     Cascade,
@@ -73,9 +74,8 @@ class _Heads(NamedTuple):
 
     @classmethod
     def of(cls, model: EngineModel) -> _Heads:
-        _, doubled, size = model.kv_cache[0].shape
-        group = model.config.num_attention_heads // model.config.num_key_value_heads
-        return cls(doubled // 2 * group, doubled // 2, size, model.kv_cache[0].dtype)
+        cache = model.kv_cache[0]
+        return cls(model.num_q, model.num_kv, cache.shape[-1], cache.dtype)
 
 
 def attend_whole(kv_cache: Sequence[Tensor], slots: Tensor, wrapper: Any) -> Attend:
@@ -182,15 +182,6 @@ class FlashInferReader:
             paged_kv_indices_buffer=reads,
             paged_kv_last_page_len_buffer=zeros(num_rows),
         )
-
-
-class Placed(NamedTuple):
-    """A batch on the device, and how it attends."""
-
-    token_ids: Tensor
-    position_ids: Tensor
-    logit_index: Tensor
-    attend: Attend
 
 
 class FlashInferBatches:

@@ -11,14 +11,27 @@ from torch import Tensor
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.compute.attention import PooledAttention
-from npr_megatron.engine.compute.device_batch import to_device
+from npr_megatron.engine.compute.decode_rows import BucketLimits, decode_rows
+from npr_megatron.engine.compute.device_batch import Placed, to_device
+from npr_megatron.engine.compute.flashinfer import (
+    FlashInferBatches,
+    FlashInferReader,
+    library_for,
+)
+from npr_megatron.engine.compute.graphs import GraphedDecode
 from npr_megatron.engine.compute.model import EngineModel
 from npr_megatron.engine.compute.ranks import Ranks
-from npr_megatron.engine.compute.sampler import policy_logprobs
 from npr_megatron.engine.compute.scoring import score
+from npr_megatron.engine.compute.static_decode import GatherReader, StaticDecode
+from npr_megatron.engine.compute.transfer import Upload
 from npr_megatron.engine.schedule.batch import Batch
 from npr_megatron.records.trajectory import FloatArray, Trajectory
 from npr_megatron.weights.storages import DTYPES
+
+_MAX_GATHERED = 1 << 19
+"""Slots that one graph gathers per layer: 2 GiB with eight key heads of 128 in bf16."""
+_MAX_LISTED = 1 << 22
+"""Slots that one graph reads through FlashInfer, which takes their indices only: 16 MiB."""
 
 
 class Runner(Protocol):
@@ -29,17 +42,11 @@ class Runner(Protocol):
     device: torch.device
 
     def run(self, batch: Batch) -> Tensor:
-        """Write the keys and values of ``batch``; return [M, V] fp32 log-probs (policy, temperature
-        1) of its logits, M may be 0.
-        """
+        """Write the keys and values of ``batch``; return [M, V] fp32 logits, M may be 0."""
         ...
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """Return, per trajectory, [T] log-probs by one masked pass."""
-        ...
-
-    def clear(self, slots: Sequence[int]) -> None:
-        """Zero the keys and values of ``slots``."""
         ...
 
     def agree(self, version: int) -> None:
@@ -49,6 +56,10 @@ class Runner(Protocol):
 
 class LocalRunner:
     """One device, one process.
+
+    On a CPU every batch runs as it is, ragged. On CUDA steps of single tokens and short forced runs
+    replay a graph, and what is longer or wider than any graph runs ragged, through FlashInfer where
+    that is installed. Weights, keys and values are bf16 there if the configuration says so.
 
     Args:
         ranks: those that the model is cut over; this one holds its shard. None for all of it.
@@ -62,35 +73,53 @@ class LocalRunner:
         ranks: Ranks | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self._model = EngineModel(
+        on_gpu = self.device.type == "cuda"
+        self.model = EngineModel(
             model,
-            num_slots=config.num_kv_slots,
+            # Padding of static steps has a slot behind the pool to write to.
+            num_slots=config.num_kv_slots + int(on_gpu),
             dtype=DTYPES[config.dtype],
             device=self.device,
             weights=config.weights,
             ranks=ranks,
         )
-        self.weights = self._model.weights
+        self.weights = self.model.weights
+        self._upload = Upload(self.device)
+        library = library_for(self.model)
+        self._paged = None if library is None else FlashInferBatches(library, self.model)
+        self._graphs = None
+        if on_gpu:
+            num_rows = config.max_streams
+            if library is None:
+                reader = GatherReader(self.model.kv_cache, BucketLimits(num_rows, _MAX_GATHERED))
+            else:
+                reader = FlashInferReader(library, self.model, BucketLimits(num_rows, _MAX_LISTED))
+            self._graphs = GraphedDecode(StaticDecode(self.model, reader))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
-        """Write the keys and values of ``batch``; return [M, V] log-probs of its logits."""
-        placed = to_device(batch, self.device)
-        attend = PooledAttention(self._model.kv_cache, placed.slots, placed.groups)
-        hidden = self._model.hidden(placed.token_ids, placed.position_ids, attend)
-        return policy_logprobs(self._model.logits(hidden.index_select(0, placed.logit_index)))
+        """Write the keys and values of ``batch``; return [M, V] fp32 logits, M may be 0."""
+        rows = None if self._graphs is None else decode_rows(batch)
+        if self._graphs is not None and rows is not None:
+            logits = self._graphs.run(rows)
+            if logits is not None:
+                return logits
+        if self._paged is not None:
+            token_ids, position_ids, logit_index, attend = self._paged.place(batch, self._upload)
+        else:
+            token_ids, position_ids, logit_index, attend = self._place(batch)
+        hidden = self.model.hidden(token_ids, position_ids, attend)
+        return self.model.logits(hidden.index_select(0, logit_index))
+
+    def _place(self, batch: Batch) -> Placed:
+        placed = to_device(batch, self._upload)
+        attend = PooledAttention(self.model.kv_cache, placed.slots, placed.groups)
+        return Placed(placed.token_ids, placed.position_ids, placed.logit_index, attend)
 
     @torch.inference_mode()
     def score(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """Return, per trajectory, [T] log-probs by one masked pass."""
-        return score(self._model, trajectories)
-
-    @torch.inference_mode()
-    def clear(self, slots: Sequence[int]) -> None:
-        """Zero the keys and values of ``slots``."""
-        index = torch.as_tensor(slots, dtype=torch.int64, device=self.device)
-        for cache in self._model.kv_cache:
-            cache.index_fill_(0, index, 0)
+        return score(self.model, trajectories)
 
     def agree(self, version: int) -> None:
         """Agree: there is no other rank."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from npr_megatron.engine.compute.attention import DenseAttention, PooledAttention
 from npr_megatron.engine.compute.device_batch import to_device
+from npr_megatron.engine.compute.transfer import Upload
 from npr_megatron.engine.compute.two_level import (
     attend_two_levels,
     attend_with_lse,
@@ -37,7 +38,7 @@ class _Inputs:
         self.cache = torch.randn(num_slots + 1, 2 * _NUM_KV, _HEAD, generator=generator)
 
     def pooled(self, batch: Batch) -> Tensor:
-        placed = to_device(batch, _CPU)
+        placed = to_device(batch, Upload(_CPU))
         attend = PooledAttention([self.cache.clone()], placed.slots, placed.groups)
         return attend(0, self.queries, self.keys_values)
 

@@ -12,6 +12,7 @@ from npr_megatron.engine.compute.device_batch import to_device
 from npr_megatron.engine.compute.flashinfer import as_pages, library_for
 from npr_megatron.engine.compute.model import EngineModel
 from npr_megatron.engine.compute.paged_plan import PagedRows, cascade_of, indptr, paged_rows
+from npr_megatron.engine.compute.transfer import Upload
 from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.schedule.batch import Batch, assemble
 from npr_megatron.engine.schedule.feed import Feed
@@ -38,7 +39,7 @@ class Layer:
 
     def pooled(self, batch: Batch) -> torch.Tensor:
         """What the ragged groups give, [T, N, D]; writes the batch into the cache."""
-        placed = to_device(batch, CPU)
+        placed = to_device(batch, Upload(CPU))
         attend = PooledAttention([self.cache], placed.slots, placed.groups)
         return attend(0, self.queries, self.keys_values).view(-1, NUM_Q, HEAD)
 

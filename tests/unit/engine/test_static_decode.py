@@ -19,6 +19,7 @@ from npr_megatron.engine.compute.decode_rows import (
 from npr_megatron.engine.compute.device_batch import to_device
 from npr_megatron.engine.compute.model import EngineModel
 from npr_megatron.engine.compute.static_decode import GatherReader, StaticDecode
+from npr_megatron.engine.compute.transfer import Upload
 from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.schedule.batch import Batch, assemble
 from tests.batches import (
@@ -61,7 +62,7 @@ def copy_of(model: EngineModel) -> EngineModel:
 
 def ragged(model: EngineModel, batch: Batch) -> torch.Tensor:
     """What the runner of a CPU does."""
-    placed = to_device(batch, model.device)
+    placed = to_device(batch, Upload(model.device))
     attend = PooledAttention(model.kv_cache, placed.slots, placed.groups)
     hidden = model.hidden(placed.token_ids, placed.position_ids, attend)
     return model.logits(hidden.index_select(0, placed.logit_index))
