@@ -39,12 +39,13 @@ def carry_out(order: AnswerOrder, *, output: Path | None, as_json: bool) -> None
         kept = f"finished answers are in {output}; the same command goes on"
     with interruptible(kept):
         from npr_megatron.pipeline.generate import prepare
+        from npr_megatron.pipeline.local_engine import speaks
 
         file = None if output is None else AnswerFile(output)
         task = prepare(order)
-        for refusal in task.refusals:
+        for refusal in task.refusals if speaks() else ():
             print(f"error: {refusal}", file=sys.stderr)
-        if task.num_refused:
+        if task.num_refused and speaks():
             print(_refused(task.num_refused, len(order.questions)), file=sys.stderr)
         num_failed = _answer(order, task, file, as_json) if task.requests else 0
     if task.num_refused or num_failed:
@@ -91,12 +92,13 @@ def _view(
 ) -> AnswerView:
     from rich.console import Console
 
+    from npr_megatron.pipeline.local_engine import speaks
     from npr_megatron.report.answer_view import AnswerView
 
     titles = {r.request_id: _title(r, order.questions[r.prompt_id]) for r in requests}
     num_there = len(task.requests) - len(requests)
     return AnswerView(
-        Console(quiet=as_json, force_terminal=False if as_json else None),
+        Console(quiet=as_json or not speaks(), force_terminal=False if as_json else None),
         len(requests),
         keeps_trees=file is None,
         num_there=num_there,

@@ -33,24 +33,43 @@ _VERSION = 1
 """Of the weights in the folder."""
 
 
-def open_engine(folder: Path, config: EngineConfig, vocabulary: Vocabulary) -> Engine:
+def open_engine(
+    folder: Path,
+    config: EngineConfig,
+    vocabulary: Vocabulary,
+    *,
+    device: torch.device | None = None,
+) -> Engine:
     """Return an engine of this process that holds the weights of an HF folder.
+
+    Args:
+        device: None takes a GPU if there is one.
 
     Raises:
         InputError: the folder holds no model of a supported architecture.
         LayoutError: its matrices cannot be kept as ``config.weights`` says.
     """
     model = read_trainable_architecture(folder)
-    engine = Engine(model, config, vocabulary, device=current_device())
+    engine = Engine(model, config, vocabulary, device=device or current_device())
     layout = storage_layout(model, weights=config.weights).ranks[0]
     _read_shard(folder, model, layout, config, engine.staging())
     engine.commit(_VERSION)
     return engine
 
 
+def speaks() -> bool:
+    """Return whether this process is the one that talks to the user: not so for what torchrun
+    started beside it."""
+    return _place()[0] == 0
+
+
 @contextmanager
 def local_engine(
-    folder: Path, config: EngineConfig, vocabulary: Vocabulary
+    folder: Path,
+    config: EngineConfig,
+    vocabulary: Vocabulary,
+    *,
+    device: torch.device | None = None,
 ) -> Iterator[Engine | None]:
     """Yield what :func:`open_engine` returns; under torchrun the engine of all its processes.
 
@@ -62,14 +81,16 @@ def local_engine(
         LayoutError: the model cannot be cut into so many shards, or not kept as asked.
         EnvironmentFault: a process is gone or silent.
     """
-    ranks = _join_torchrun()
-    if ranks is None:
-        yield open_engine(folder, config, vocabulary)
+    rank, size = _place()
+    if size == 1:
+        yield open_engine(folder, config, vocabulary, device=device)
         return
+    device = _device_of_rank(device)
+    model = read_trainable_architecture(folder)
+    layout = storage_layout(model, size, config.weights).ranks[rank]
+    ranks = Ranks.join(rank, size, "env://", device=device)
     try:
-        model = read_trainable_architecture(folder)
-        layout = storage_layout(model, ranks.size, config.weights).ranks[ranks.rank]
-        runner = LocalRunner(model, config, current_device(), ranks)
+        runner = LocalRunner(model, config, device, ranks)
         if ranks.rank:
             follower = Follower(runner, ranks)
             _read_shard(folder, model, layout, config, follower.staging())
@@ -102,11 +123,17 @@ def _read_shard(
     load_tiles(layout, read, storages)
 
 
-def _join_torchrun() -> Ranks | None:
-    """Meet the processes that torchrun started; None if it started no other than this one."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "MASTER_ADDR" not in os.environ:
-        return None
-    if device_type() == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return Ranks.join(int(os.environ["RANK"]), size, "env://", device=current_device())
+def _place() -> tuple[int, int]:
+    """Return this process's rank among those that torchrun started, and their number."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def _device_of_rank(device: torch.device | None) -> torch.device:
+    """Return the CPU, or the GPU that is this process's share of the machine."""
+    if (device_type() if device is None else device.type) == "cpu":
+        return torch.device("cpu")
+    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(own)
+    return own
