@@ -15,7 +15,7 @@ from torch import Tensor
 
 from npr_megatron.engine.compute.attention import DenseAttention
 from npr_megatron.engine.compute.model import EngineModel
-from npr_megatron.engine.compute.sampler import policy_logprobs
+from npr_megatron.engine.compute.sampler import log_totals
 from npr_megatron.records.trajectory import FloatArray, Trajectory
 from npr_megatron.topology.layout import predecessors
 from npr_megatron.topology.visibility import dense_mask
@@ -80,8 +80,8 @@ def _score_rows(model: EngineModel, rows: Sequence[Trajectory]) -> list[FloatArr
 def _label_logprobs(model: EngineModel, hidden: Tensor, labels: Tensor) -> FloatArray:
     """Return [M] log-probs of [M] labels, holding few logits at a time."""
     rows = max(1, _LOGIT_ELEMENTS // model.config.vocab_size)
-    pieces = [
-        policy_logprobs(model.logits(part)).gather(-1, label[:, None])[:, 0]
-        for part, label in zip(hidden.split(rows), labels.split(rows), strict=True)
-    ]
-    return torch.cat(pieces).cpu().numpy()
+    pieces: list[Tensor] = []
+    for part, label in zip(hidden.split(rows), labels.split(rows), strict=True):
+        logits_MV = model.logits(part)
+        pieces.append(logits_MV.gather(-1, label[:, None])[:, 0] - log_totals(logits_MV))
+    return torch.cat(pieces).float().cpu().numpy()

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npr_megatron.engine.compute.sampler import SamplingRows, draw, policy_logprobs
+from npr_megatron.engine.compute.sampler import SamplingRows, draw, log_totals
 from tests.structures import QUICK
 
 Shape = tuple[float, int, float, float]
@@ -68,7 +68,7 @@ def test_a_mixed_batch_draws_what_a_slow_loop_draws_row_by_row(seed: int) -> Non
     options = ([0.0, 0.5, 1.0, 2.0], [0, 1, 3, 8, 50], [0.3, 0.9, 1.0], [0.0, 0.13, 1.0])
     shapes = [tuple(rng.choice(option).item() for option in options) for _ in logits]
     uniforms = rng.random(12).tolist()
-    tokens = draw(policy_logprobs(torch.from_numpy(logits)), rows(shapes, uniforms))
+    tokens = draw(torch.from_numpy(logits), rows(shapes, uniforms))
     expected = [slow_draw(*row) for row in zip(logits.tolist(), shapes, uniforms, strict=True)]
     assert tokens.tolist() == expected
 
@@ -129,8 +129,8 @@ def test_no_order_of_summation_changes_the_point_at_which_the_next_token_begins(
 def test_evenly_spread_numbers_give_each_token_its_probability() -> None:
     probs = torch.tensor([0.1, 0.0, 0.25, 0.6, 0.05])
     uniforms = ((np.arange(10_000) + 0.5) / 10_000).tolist()
-    logprobs = policy_logprobs(probs.log()).expand(10_000, -1)
-    tokens = draw(logprobs, rows([PLAIN] * 10_000, uniforms))
+    logits = (probs.log() + 3.0).expand(10_000, -1)
+    tokens = draw(logits, rows([PLAIN] * 10_000, uniforms))
     counts = torch.bincount(tokens, minlength=5)
     assert torch.allclose(counts / 10_000, probs, atol=2e-4)
     assert counts[1] == 0
@@ -183,4 +183,34 @@ def test_logits_and_log_probs_give_the_same_draws() -> None:
     rng = np.random.default_rng(2)
     logits = torch.from_numpy(rng.normal(0.0, 3.0, (70, 40)).astype(np.float32))
     wanted = rows(list(itertools.islice(itertools.cycle(SHAPES), 70)), np.round(rng.random(70), 3))
-    assert draw(logits, wanted).tolist() == draw(policy_logprobs(logits), wanted).tolist()
+    assert draw(logits, wanted).tolist() == draw(torch.log_softmax(logits, -1), wanted).tolist()
+
+
+@pytest.mark.parametrize("num_tokens", [9, 512, 151_936])
+@pytest.mark.parametrize(("scale", "offset"), [(0.1, 0.0), (3.0, 30.0), (8.0, -200.0)])
+def test_log_totals_are_exact_where_single_precision_is_not(
+    num_tokens: int, scale: float, offset: float
+) -> None:
+    rng = np.random.default_rng(num_tokens)
+    numbers = rng.normal(offset, scale, (3, num_tokens)).astype(np.float32)
+    logits = torch.from_numpy(numbers)
+    expected = torch.logsumexp(logits.double(), dim=-1)
+    assert (log_totals(logits) - expected).abs().max() < 1e-7
+    if num_tokens > 500 and offset:
+        assert (logits.logsumexp(dim=-1) - expected).abs().max() > 3e-7, "what it is for"
+
+
+@pytest.mark.parametrize("num_tokens", [9, 512, 6000])
+def test_a_total_is_the_same_in_any_company_and_nan_where_there_is_no_distribution(
+    num_tokens: int,
+) -> None:
+    rng = np.random.default_rng(5)
+    logits = torch.from_numpy(rng.normal(0.0, 3.0, (60, num_tokens)).astype(np.float32))
+    together = log_totals(logits)
+    assert torch.equal(together, torch.cat([log_totals(row[None]) for row in logits]))
+    logits[7, 3], logits[8, 4], logits[9] = math.nan, math.inf, -math.inf
+    logits[10, 5] = -math.inf
+    found = log_totals(logits)
+    assert (~found.isfinite()).nonzero()[:, 0].tolist() == [7, 8, 9]
+    assert torch.equal(found[11:], together[11:])
+    assert log_totals(logits[:0]).shape == (0,)
