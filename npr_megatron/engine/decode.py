@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from npr_megatron.engine.compute.runner import Runner
-from npr_megatron.engine.compute.sampler import choose
-from npr_megatron.engine.flow.flow import Stream
+from npr_megatron.engine.compute.sampler import choose, log_totals
 from npr_megatron.engine.flow.segment import Segment
 from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.schedule.batch import assemble
@@ -33,7 +32,7 @@ def decode(plan: StepPlan, pool: SlotPool, runner: Runner, version: int) -> list
     logits_MV = runner.run(batch)
     if not len(logits_MV):
         return []
-    totals_M = logits_MV.logsumexp(dim=-1)
+    totals_M = log_totals(logits_MV)
     tokens = choose(logits_MV[: len(sampled)], sampled)
     known = [segment.token_ids[index] for segment, index in scored]
     labels_M = torch.tensor(tokens + known, dtype=torch.int64).to(logits_MV.device)

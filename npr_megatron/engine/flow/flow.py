@@ -62,7 +62,7 @@ class Stream:
             position = flow.cursor.place_trunk().position
         segment.append(token_id, position, forced, logprob, version)
         self.index += 1
-        flow.ledger.charge()
+        flow.ledger.total += 1
         return position
 
 
@@ -128,6 +128,11 @@ class Flow:
         key = branch_key(request.seed, 0, 0)
         self.trunk = Stream(self, self.segments[0], self.grammar.start, key)
         self.decoding = [self.trunk]
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next round begins with forced tokens."""
+        return bool(self._due)
 
     @property
     def num_tokens_due(self) -> int:

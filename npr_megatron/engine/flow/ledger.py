@@ -2,9 +2,8 @@
 
     total           generated tokens over all branches, forced ones included
     critical path   generated positions: the longest path through forks and joins
-    resident KV     slots the trajectory holds (``SlotPool``); reserved by ``engine.scheduler``,
-    never more than
-                    the total plus one
+    resident KV     slots its rows own (``schedule.tree``): never more than the total plus one,
+                    the prompt's other tokens being shared
 
 The released engine charges (number of plans) x (length) in advance, which strands runs in their
 first block; here a token is charged when it is placed. A forced run (a separator, a set of headers)
@@ -32,10 +31,7 @@ class Ledger:
         self._end_position = prompt_length + max_critical_path
         self.max_new_tokens = max_new_tokens
         self.total = 0
-
-    def charge(self, num_tokens: int = 1) -> None:
-        """Spend ``num_tokens`` of the total."""
-        self.total += num_tokens
+        """Tokens spent."""
 
     def verdict(self, num_tokens: int, end_position: int) -> FinishReason | None:
         """Return why ``num_tokens`` more reaching up to ``end_position`` (exclusive) do not fit, or

@@ -9,7 +9,7 @@ from npr_megatron.records.trajectory import FinishReason
 def test_the_total_is_spent_to_the_last_token() -> None:
     ledger = Ledger(prompt_length=10, max_new_tokens=3, max_critical_path=100)
     assert ledger.verdict(3, 13) is None
-    ledger.charge(2)
+    ledger.total += 2
     assert ledger.verdict(1, 13) is None
     assert ledger.verdict(2, 14) is FinishReason.LENGTH
 
@@ -22,5 +22,5 @@ def test_the_critical_path_counts_positions_behind_the_prompt() -> None:
 
 def test_a_spent_total_is_named_before_a_spent_path() -> None:
     ledger = Ledger(prompt_length=0, max_new_tokens=1, max_critical_path=1)
-    ledger.charge()
+    ledger.total += 1
     assert ledger.verdict(1, 2) is FinishReason.LENGTH
