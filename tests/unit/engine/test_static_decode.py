@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from npr_megatron.config.engine import EngineConfig
 from npr_megatron.engine.compute.attention import PooledAttention
 from npr_megatron.engine.compute.decode_rows import (
     Bucket,
@@ -18,10 +21,13 @@ from npr_megatron.engine.compute.decode_rows import (
 )
 from npr_megatron.engine.compute.device_batch import to_device
 from npr_megatron.engine.compute.model import EngineModel
+from npr_megatron.engine.compute.runner import LocalRunner
 from npr_megatron.engine.compute.static_decode import GatherReader, StaticDecode
 from npr_megatron.engine.compute.transfer import Upload
+from npr_megatron.engine.engine import Engine
 from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.schedule.batch import Batch, assemble
+from npr_megatron.records.trajectory import FloatArray, Trajectory
 from tests.batches import (
     decode_batch,
     feed_on,
@@ -30,7 +36,8 @@ from tests.batches import (
     scatter_cache,
     stream_on,
 )
-from tests.engines import TINY, random_weights
+from tests.engines import TINY, drain, random_weights, request_for, teacher_of
+from tests.structures import SMALL, random_structure
 
 LIMITS = BucketLimits(max_rows=32, max_reads=32 * 512)
 NUM_SLOTS = 8192
@@ -268,3 +275,54 @@ def test_rounding_wastes_at_most_a_quarter_of_what_is_large():
         assert value <= round_up_keys(value) < max(value + 128, 1.25 * value + 1)
         assert round_up_rows(round_up_rows(value)) == round_up_rows(value)
         assert round_up_keys(round_up_keys(value)) == round_up_keys(value)
+
+
+class BothWays:
+    """A runner that computes every batch it can twice, over two caches, and compares."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._local = LocalRunner(TINY, config)
+        self.weights, self.device = self._local.weights, self._local.device
+        self._model = EngineModel(
+            TINY, num_slots=config.num_kv_slots + 1, dtype=torch.float32, device=self.device
+        )
+        self._static = static_decode(self._model)
+        self.num_static = self.num_ragged = self.num_mixed = 0
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        for name, weight in self.weights.items():
+            self._model.weights[name].copy_(weight)
+        expected, rows = self._local.run(batch), decode_rows(batch)
+        logits = None if rows is None else self._static.run(rows)
+        if logits is None:
+            self.num_ragged += 1
+            logits = ragged(self._model, batch)
+        else:
+            self.num_static += 1
+            self.num_mixed += len(batch.logit_index) < len(batch.token_ids)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        return expected
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        return self._local.score(trajectories)
+
+    def agree(self, version: int) -> None:
+        self._local.agree(version)
+
+
+def test_an_engine_could_run_nearly_every_step_in_fixed_memory():
+    config = EngineConfig(num_kv_slots=4096, max_streams=24, kv_after_push="recompute")
+    runner = BothWays(config)
+    engine = Engine(TINY, config, SMALL, runner=runner)
+    engine.load(random_weights(TINY, 0))
+    rng = random.Random(0)
+    for rollout in range(8):
+        structure = random_structure(rng, (20, 21, 22 + rollout % 2), SMALL, num_blocks=(2, 3))
+        teacher = teacher_of(structure.token_ids, structure.prompt_length, SMALL)
+        engine.add(request_for(structure.prompt_ids, rollout=rollout), teacher)
+    for _ in range(12):
+        engine.step()
+    engine.load(random_weights(TINY, 1), version=1)
+    assert len(drain(engine)) == 8
+    assert runner.num_static > 10 * runner.num_ragged
+    assert runner.num_mixed > 5  # forced runs among single tokens
