@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.engine import Engine
-from npr_megatron.errors import NprError
+from npr_megatron.errors import NprError, StaleWeightsError
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import Trajectory
 from npr_megatron.rollout.health import Stamp
@@ -97,9 +97,18 @@ class Replica:
         return os.getpid()
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
-        """Queue ``requests``, all or (raising what ``Engine.add`` raises for a bad one) none."""
+        """Queue ``requests``, all or (raising what ``Engine.add`` raises for a bad one) none.
+
+        Raises:
+            StaleWeightsError: the replica holds no weights: it has just taken a dead one's seat.
+        """
 
         def add() -> None:
+            if self._engine.weight_version < 0:
+                raise StaleWeightsError(
+                    f"{len(requests)} requests were submitted to a replica that holds no weights; "
+                    "push to it first"
+                )
             added: set[str] = set()
             try:
                 for request in requests:

@@ -311,8 +311,8 @@ class Coordinator:
                 found += self._call(replica, "report", 0.1).trajectories()
             with (self._folder / f"trajectories-{os.getpid()}-{replica}").open("ab") as file:
                 pickle.dump((serving.version, found), file)
-        except Late:
-            pass
+        except (Late, StaleWeightsError):
+            pass  # stale: it died, and its successor was asked before it was given weights
         except Gone:
             self._buried(replica, life)
         finally:

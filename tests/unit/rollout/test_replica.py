@@ -247,6 +247,17 @@ def test_nothing_is_lent_before_anything_is_served(source: Source) -> None:
     assert [path for path in source.folder.iterdir() if "early" in path.name] == []
 
 
+def test_requests_before_the_first_push_are_refused_and_leave_the_replica_well(
+    source: Source,
+) -> None:
+    replica = replica_with()
+    with pytest.raises(StaleWeightsError, match="holds no weights"):
+        fed(replica, 2, 0, 4)
+    push(replica, source.publish(1, weights_of(0)))
+    fed(replica, 2, 0, 4)
+    assert len(replica.report(30.0).trajectories()) == 2
+
+
 def held(folder: Path) -> tuple[int, int, int]:
     """Open files, threads, and files in ``folder``."""
     process = psutil.Process()
