@@ -4,7 +4,8 @@ Rank 0 leads. Each rank holds one shard of the weights (``weights.layouts.engine
 keys and values of its heads. Three groups, because they may wait for different lengths of time:
 tensors and votes belong to work that every rank is in, so a rank that does not answer within the
 timeout is gone; a command may be hours away when nobody asks anything, so waiting for one has no
-deadline (a leader that dies closes its connections, which ends the wait).
+deadline (a leader that dies closes its connections, which ends the wait). Giving one has: whoever
+does not come to take it is gone.
 
 Reads no environment and knows no model. Messages are bytes of any length.
 """
@@ -40,7 +41,7 @@ class Ranks:
     votes: dist.ProcessGroup
     """Moves host memory; waits as long as ``tensors``."""
     commands: dist.ProcessGroup
-    """Moves host memory; waits for ever."""
+    """Moves host memory; all but rank 0 wait for ever."""
 
     @classmethod
     def join(
@@ -69,7 +70,7 @@ class Ranks:
             )
             tensors = _is_group(dist.group.WORLD)
             votes = tensors if backend == "gloo" else _gloo_group(timeout)
-            commands = _gloo_group(_NO_DEADLINE)
+            commands = _gloo_group(_NO_DEADLINE if rank else timeout)
         except RuntimeError as error:
             raise EnvironmentFault(
                 f"rank {rank} of {size} could not meet the others at {init_method} within "
