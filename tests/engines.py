@@ -12,9 +12,9 @@ import torch
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
+from npr_megatron.engine.compute.model import storage_layout
 from npr_megatron.engine.engine import Engine
 from npr_megatron.engine.flow.flow import Teacher
-from npr_megatron.engine.compute.model import storage_layout
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import DecodeMode, IntArray, Trajectory
 from npr_megatron.schema.tags import Vocabulary

@@ -7,6 +7,8 @@ text. All ids are below ``NUM_IDS``, so a tiny model can embed them.
 from __future__ import annotations
 
 import dataclasses
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hypothesis import settings
@@ -100,6 +102,31 @@ def structures(
         prompt_ids=tuple(draw(st.lists(st.integers(0, NUM_IDS - 1), min_size=1, max_size=6))),
         blocks=tuple(draw(st.lists(block, min_size=1, max_size=max_blocks))),
         conclusion=draw(texts(vocabulary, max_tokens)),
+    )
+
+
+def random_structure(
+    rng: random.Random,
+    prompt_ids: Sequence[int],
+    vocabulary: Vocabulary,
+    *,
+    num_blocks: tuple[int, int],
+    max_branches: int = 5,
+    max_tokens: int = 5,
+) -> Structure:
+    """A well-formed response of words, with as many blocks as ``num_blocks`` (from, to) allows."""
+
+    def text() -> tuple[int, ...]:
+        return tuple(rng.choices(WORDS, k=rng.randint(1, max_tokens)))
+
+    def block() -> BlockTexts:
+        num_branches = rng.randint(1, max_branches)
+        plans, steps = ([text() for _ in range(num_branches)] for _ in range(2))
+        return BlockTexts(tuple(plans), tuple(steps), text())
+
+    blocks = tuple(block() for _ in range(rng.randint(*num_blocks)))
+    return Structure(
+        vocabulary=vocabulary, prompt_ids=tuple(prompt_ids), blocks=blocks, conclusion=text()
     )
 
 

@@ -97,6 +97,31 @@ def train(rank: int, world_size: int, init_method: str, job: Job) -> Outcome:
     return outcome
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Log-probs of a batch, and what the trainer's gate said of a step."""
+
+    logprobs: list[np.ndarray]
+    result: StepResult | None
+    refusal: str
+
+
+def score_then_step(rank: int, world_size: int, init_method: str, job: Job) -> Measured:
+    """Score the job's one batch to score, then take one step on its one batch."""
+    from npr_megatron.errors import DivergenceError
+
+    (to_score,), (to_learn,) = job.score, job.batches
+    trainer = open_rank(rank, world_size, init_method, job)
+    logprobs = trainer.score(to_score)
+    result, refusal = None, ""
+    try:
+        result = trainer.train_step(to_learn)
+    except DivergenceError as error:
+        refusal = str(error)
+    trainer.close()
+    return Measured(logprobs=logprobs, result=result, refusal=refusal)
+
+
 def _received(trainer: Any, world_size: int, job: Job) -> dict[str, np.ndarray]:
     """Publish from every rank and pull the engine's storages on this one; digests are checked."""
     import torch

@@ -1,161 +1,250 @@
 """The engine against transformers: fork, join and positions are exact, not approximate.
 
-Oracle: Qwen3ForCausalLM on the linear form of a trajectory, with an explicit 4-D mask and explicit
-positions. The oracle's mask is built here from labels, one pair at a time, not by the code under
-test. ``NPR_PARITY_STRUCTURES`` raises the number of random structures (CI: 32).
+Random structures of four to six chained blocks dictate the tags, the model chooses every word
+greedily. Whatever the schedule, the words are those of the oracle (``tests.parity.hf_reference``)
+and every log-prob, of sampled and of forced tokens, is the oracle's.
 """
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
-from npr_megatron.schema.render import BlockTexts, render
-from npr_megatron.topology.layout import predecessors
+from npr_megatron.schema.tags import Vocabulary
 from tests.engines import (
     TINY,
     UNTIED,
+    assert_nothing_is_left,
+    drain,
+    drain_preempting,
     request_for,
     run_one,
     skeleton_of,
     steered_weights,
     tiny_engine,
 )
-from tests.structures import SMALL, SPLIT, WORDS
+from tests.parity.hf_reference import (
+    LinearForm,
+    hf_model,
+    linear_form,
+    oracle_logprobs,
+    plain_form,
+    sees_all,
+    with_flat_positions,
+    with_paper_positions,
+)
+from tests.structures import NUM_IDS, SMALL, SPLIT, WORDS, Structure, random_structure
 
-NUM_STRUCTURES = int(os.environ.get("NPR_PARITY_STRUCTURES", "32"))
 TOLERANCE = 1e-5
-MODELS = (
-    UNTIED,
-    UNTIED.model_copy(update={"num_attention_heads": 2, "head_dim": 16, "rope_theta": 1e6}),
-    UNTIED.model_copy(
-        update={"num_attention_heads": 6, "num_key_value_heads": 1, "num_hidden_layers": 3}
-    ),
+FAR = 1000 * TOLERANCE
+"""What a wrong oracle exceeds on every structure."""
+LONG = UNTIED.model_copy(update={"max_position_embeddings": 2048})
+WIDE = LONG.model_copy(update={"num_attention_heads": 2, "head_dim": 16, "rope_theta": 1e6})
+DEEP = LONG.model_copy(
+    update={"num_attention_heads": 6, "num_key_value_heads": 1, "num_hidden_layers": 3}
 )
 
 
-def hf_model(model: ModelConfig, weights: dict[str, torch.Tensor]) -> Qwen3ForCausalLM:
-    """Split the fused storages into the parameters of the reference model."""
-    config = Qwen3Config(
-        **model.model_dump(exclude={"rope_theta"}),
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        attn_implementation="eager",
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Corpus:
+    """Structures, and what the oracle says of them once the model has filled in the words."""
+
+    model: ModelConfig
+    vocabulary: Vocabulary
+    weights: dict[str, torch.Tensor]
+    structures: list[Structure]
+    trajectories: list[Trajectory]
+    """Decoded together, in roomy memory."""
+    forms: list[LinearForm]
+    """Their linear forms with the words the engine chose."""
+    reference: Qwen3ForCausalLM
+    logprobs: list[torch.Tensor]
+    """[T, V] of the oracle after each token."""
+
+
+def own_prompts(rng: random.Random) -> list[list[int]]:
+    """Prompts that begin differently, tags among them."""
+    return [rng.choices(range(NUM_IDS), k=rng.randint(1, 12)) for _ in range(80)]
+
+
+def group_prompts(rng: random.Random) -> list[list[int]]:
+    """Eight groups of six rollouts; half of them go on from the prompt of another group."""
+    stems = [rng.choices(range(NUM_IDS), k=rng.randint(8, 40)) for _ in range(4)]
+    stems += [stem + rng.choices(range(NUM_IDS), k=rng.randint(1, 20)) for stem in stems]
+    return [stem for stem in stems for _ in range(6)]
+
+
+def long_prompts(rng: random.Random) -> list[list[int]]:
+    """Two groups behind one beginning long enough to be attended once for all who share it."""
+    beginning = rng.choices(range(NUM_IDS), k=700)
+    return [beginning + [last] * last for last in (21, 35) for _ in range(8)]
+
+
+Prompts = Callable[[random.Random], list[list[int]]]
+CORPORA: dict[str, tuple[ModelConfig, Vocabulary, Prompts, int]] = {
+    "long": (LONG, SMALL, own_prompts, 6),
+    "wide": (WIDE, SPLIT, own_prompts, 4),
+    "deep": (DEEP, SMALL, own_prompts, 2),
+    "groups": (LONG, SPLIT, group_prompts, 2),
+    "long prompts": (WIDE, SMALL, long_prompts, 2),
+}
+"""Model, vocabulary, prompts, and the seed of weights under which no choice is near a tie."""
+
+
+@functools.cache
+def corpus(name: str) -> Corpus:
+    """Draw, decode and price the structures of one name."""
+    model, vocabulary, prompts, seed = CORPORA[name]
+    rng = random.Random(name)
+    structures = [
+        random_structure(rng, prompt, vocabulary, num_blocks=(4, 6), max_tokens=6)
+        for prompt in prompts(rng)
+    ]
+    weights = steered_weights(model, seed, WORDS)
+    weights["lm_head.weight"][:, 1:] *= 0.5  # moderate logits: fp32 rounds them less
+    trajectories = decode(model, vocabulary, weights, structures)
+    forms = [
+        dataclasses.replace(linear_form(structure), token_ids=trajectory.token_ids)
+        for structure, trajectory in zip(structures, trajectories, strict=True)
+    ]
+    reference = hf_model(model, weights)
+    return Corpus(
+        model=model,
+        vocabulary=vocabulary,
+        weights=weights,
+        structures=structures,
+        trajectories=trajectories,
+        forms=forms,
+        reference=reference,
+        logprobs=oracle_logprobs(reference, forms),
     )
-    reference = Qwen3ForCausalLM(config).eval()
-    head = model.head_dim
-    rows_q, rows_kv = model.num_attention_heads * head, model.num_key_value_heads * head
-    state = {}
-    for name, tensor in weights.items():
-        match name.split(".")[-2]:
-            case "qkv_proj":
-                parts = zip("qkv", tensor.split((rows_q, rows_kv, rows_kv)), strict=True)
-                for part, rows in parts:
-                    state["model." + name.replace("qkv_proj", f"self_attn.{part}_proj")] = rows
-            case "gate_up_proj":
-                for part, rows in zip(("gate", "up"), tensor.chunk(2), strict=True):
-                    state["model." + name.replace("gate_up_proj", f"mlp.{part}_proj")] = rows
-            case "o_proj" | "q_norm" | "k_norm" as part:
-                state["model." + name.replace(part, f"self_attn.{part}")] = tensor
-            case "down_proj":
-                state["model." + name.replace("down_proj", "mlp.down_proj")] = tensor
-            case "lm_head":
-                state[name] = tensor
-            case _:
-                state["model." + name] = tensor
-    missing, unexpected = reference.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert missing == (["lm_head.weight"] if model.tie_word_embeddings else [])
-    return reference
 
 
-def tree_sees(block: np.ndarray, branch: np.ndarray, query: int, key: int) -> bool:
-    """The visibility rule in words: nothing later, and no sibling branch of one's own block."""
-    if key > query:
-        return False
-    is_sibling = block[key] == block[query] != 0 and branch[key] != branch[query]
-    return not is_sibling
+def decode(
+    model: ModelConfig,
+    vocabulary: Vocabulary,
+    weights: dict[str, torch.Tensor],
+    structures: Sequence[Structure],
+    preempted_every: int | None = None,
+    **settings: Any,
+) -> list[Trajectory]:
+    """Return one greedy trajectory per structure, under budgets that it spends to the last."""
+    engine = tiny_engine(
+        model=model, vocabulary=vocabulary, weights=weights, **{"num_kv_slots": 65_536, **settings}
+    )
+    for number, structure in enumerate(structures):
+        form = linear_form(structure)
+        request = request_for(
+            structure.prompt_ids,
+            rollout=number,
+            temperature=0.0,
+            max_new_tokens=len(structure.response_ids),
+            max_critical_path=int(form.position_ids.max()) + 1 - structure.prompt_length,
+        )
+        teacher = skeleton_of(structure.token_ids, structure.prompt_length, vocabulary)
+        engine.add(request, teacher)
+    if preempted_every is None:
+        finished = drain(engine)
+    else:
+        request_ids = [f"p#{number}" for number in range(len(structures))]
+        finished = drain_preempting(engine, request_ids, preempted_every)
+    assert_nothing_is_left(engine)
+    return sorted(finished, key=lambda trajectory: trajectory.rollout)
 
 
-def oracle_logprobs(
-    reference: Qwen3ForCausalLM,
-    trajectory: Trajectory,
-    *,
-    position_ids: np.ndarray | None = None,
-    sees: Callable[[np.ndarray, np.ndarray, int, int], bool] = tree_sees,
-) -> torch.Tensor:
-    """Return [T, V] log-probs after each token of the linear form."""
-    length = len(trajectory.token_ids)
-    block, branch = trajectory.block, trajectory.branch
-    visible = [[sees(block, branch, q, k) for k in range(length)] for q in range(length)]
-    bias = torch.where(torch.tensor(visible), 0.0, torch.finfo(torch.float32).min)
-    positions = trajectory.position_ids if position_ids is None else position_ids
-    with torch.inference_mode():
-        logits = reference(
-            input_ids=torch.tensor(trajectory.token_ids)[None].long(),
-            position_ids=torch.tensor(positions)[None].long(),
-            attention_mask=bias[None, None],
-            use_cache=False,
-        ).logits[0]
-    return logits.log_softmax(-1)
+def gaps(trajectories: Sequence[Trajectory], logprobs, forms: Sequence[LinearForm]) -> list[float]:
+    """Largest |engine - oracle| of each trajectory over the tokens that something predicts."""
+    found = []
+    for trajectory, scores, form in zip(trajectories, logprobs, forms, strict=True):
+        targets = form.predicted
+        expected = scores[form.predecessor[targets], trajectory.token_ids[targets]].numpy()
+        found.append(float(np.abs(trajectory.logprobs[targets] - expected).max()))
+    return found
 
 
-def gap(trajectory: Trajectory, logprobs: torch.Tensor) -> float:
-    """Largest |engine - oracle| over generated tokens that have a predecessor."""
-    sources = predecessors(trajectory.block, trajectory.branch)
-    targets = np.flatnonzero(sources >= 0)
-    targets = targets[targets >= trajectory.prompt_length]
-    expected = logprobs[sources[targets], trajectory.token_ids[targets]].numpy()
-    return float(np.abs(trajectory.logprobs[targets] - expected).max())
+def assert_as_the_oracle_says(known: Corpus, trajectories: Sequence[Trajectory]) -> int:
+    """Compare everything recorded; return the number of words chosen greedily."""
+    num_words = 0
+    for trajectory, form, scores in zip(trajectories, known.forms, known.logprobs, strict=True):
+        assert trajectory.finish is FinishReason.STOP
+        for name in ("token_ids", "position_ids", "block", "branch"):
+            np.testing.assert_array_equal(getattr(trajectory, name), getattr(form, name), name)
+        np.testing.assert_array_equal(trajectory.forced, form.is_forced)
+        assert not trajectory.logprobs[form.predecessor < 0].any()
+        best, words = scores[form.predecessor[form.is_word]].topk(2)
+        assert (best[:, 0] - best[:, 1]).min() > 2 * TOLERANCE, "a tie that rounding could decide"
+        np.testing.assert_array_equal(trajectory.token_ids[form.is_word], words[:, 0])
+        num_words += int(form.is_word.sum())
+    assert max(gaps(trajectories, known.logprobs, known.forms)) <= TOLERANCE
+    return num_words
 
 
-def random_trajectory(number: int) -> tuple[ModelConfig, dict[str, torch.Tensor], Trajectory]:
-    """Greedy text of a random model inside a random structure of 1..3 blocks of 1..5 branches."""
-    rng = random.Random(number)
-    vocabulary = rng.choice([SMALL, SPLIT])
-
-    def text() -> tuple[int, ...]:
-        return tuple(rng.choices(WORDS, k=rng.randint(1, 6)))
-
-    def block() -> BlockTexts:
-        num_branches = rng.randint(1, 5)
-        plans, steps = ([text() for _ in range(num_branches)] for _ in range(2))
-        return BlockTexts(tuple(plans), tuple(steps), text())
-
-    prompt = [rng.randrange(40) for _ in range(rng.randint(1, 12))]
-    response = render([block() for _ in range(rng.randint(1, 3))], text(), vocabulary)
-    model = MODELS[number % len(MODELS)]
-    weights = steered_weights(model, number, WORDS)
-    engine = tiny_engine(model=model, weights=weights, vocabulary=vocabulary)
-    request = request_for(prompt, temperature=0.0, max_new_tokens=480, max_critical_path=480)
-    teacher = skeleton_of([*prompt, *response], len(prompt), vocabulary)
-    trajectory = run_one(engine, request, teacher)
-    assert trajectory.finish is FinishReason.STOP
-    assert len(trajectory.response_ids) == len(response)
-    return model, weights, trajectory
+@pytest.mark.parametrize("name", CORPORA)
+def test_greedy_tokens_and_logprobs_of_branch_parallel_decoding_equal_transformers(name) -> None:
+    known = corpus(name)
+    assert assert_as_the_oracle_says(known, known.trajectories) > 60 * len(known.structures)
+    assert min(trajectory.num_blocks for trajectory in known.trajectories) >= 4
+    assert {len(b.steps) for s in known.structures for b in s.blocks} == {1, 2, 3, 4, 5}
 
 
-def test_greedy_tokens_and_logprobs_of_branch_parallel_decoding_equal_transformers() -> None:
-    num_greedy, worst = 0, 0.0
-    for number in range(NUM_STRUCTURES):
-        model, weights, trajectory = random_trajectory(number)
-        logprobs = oracle_logprobs(hf_model(model, weights), trajectory)
-        worst = max(worst, gap(trajectory, logprobs))
-        sources = predecessors(trajectory.block, trajectory.branch)
-        is_free = ~trajectory.forced & np.isin(trajectory.token_ids, WORDS)
-        is_free &= np.arange(len(is_free)) >= trajectory.prompt_length
-        expected = logprobs[sources[is_free]].argmax(-1).numpy()
-        assert np.array_equal(trajectory.token_ids[is_free], expected), f"structure {number}"
-        num_greedy += int(is_free.sum())
-    assert num_greedy > 30 * NUM_STRUCTURES
-    assert worst <= TOLERANCE
+SMALLEST_STREAMS = {"max_plans": 5, "max_streams": 5}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "few running": {"max_running": 3},
+    "waves": SMALLEST_STREAMS,
+    "chunked prefill": {"max_step_tokens": 16, "max_streams": 8},
+    "small pool": {"num_kv_slots": 1500},
+    "preempted": {"preempted_every": 5},
+    "preempted in waves": {"preempted_every": 9, "num_kv_slots": 1500, **SMALLEST_STREAMS},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["groups", "long prompts"])
+def test_no_schedule_changes_what_the_oracle_says(name: str, schedule: str) -> None:
+    known = corpus(name)
+    trajectories = decode(
+        known.model, known.vocabulary, known.weights, known.structures, **SCHEDULES[schedule]
+    )
+    assert_as_the_oracle_says(known, trajectories)
+
+
+WRONG: dict[str, Callable[[Corpus], list[torch.Tensor]]] = {
+    "siblings visible": lambda known: oracle_logprobs(known.reference, known.forms, sees_all),
+    "positions flattened": lambda known: oracle_logprobs(
+        known.reference, [with_flat_positions(form) for form in known.forms]
+    ),
+    "positions shifted by one": lambda known: oracle_logprobs(
+        known.reference,
+        [
+            with_paper_positions(form, structure)
+            for form, structure in zip(known.forms, known.structures, strict=True)
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_oracle_disagrees_on_every_structure(wrong: str) -> None:
+    known = corpus("deep")
+    logprobs = WRONG[wrong](known)
+    assert min(gaps(known.trajectories, logprobs, known.forms)) > FAR
+    num_other = 0
+    for form, scores in zip(known.forms, logprobs, strict=True):
+        words = np.flatnonzero(form.is_word)
+        chosen = scores[form.predecessor[words]].argmax(-1).numpy()
+        num_other += int((chosen != form.token_ids[words]).sum())
+    assert num_other > len(known.structures)
 
 
 @pytest.mark.parametrize("model", [TINY, UNTIED], ids=["tied", "untied"])
@@ -165,21 +254,8 @@ def test_sequential_decoding_equals_transformers(model: ModelConfig) -> None:
         range(2, 9), mode=DecodeMode.SEQUENTIAL, temperature=0.0, max_new_tokens=48
     )
     trajectory = run_one(engine, request)
-    logprobs = oracle_logprobs(hf_model(model, engine.weights), trajectory)
-    expected = logprobs[trajectory.prompt_length - 1 : -1].argmax(-1).numpy()
-    assert np.array_equal(trajectory.response_ids, expected)
-    assert gap(trajectory, logprobs) <= TOLERANCE
-
-
-def test_an_oracle_that_lets_siblings_see_each_other_disagrees() -> None:
-    model, weights, trajectory = random_trajectory(2)
-    assert trajectory.branch.max() > 1
-    causal = oracle_logprobs(hf_model(model, weights), trajectory, sees=lambda b, r, q, k: k <= q)
-    assert gap(trajectory, causal) > 1e-3
-
-
-def test_an_oracle_with_flattened_positions_disagrees() -> None:
-    model, weights, trajectory = random_trajectory(2)
-    flat = np.arange(len(trajectory.token_ids))
-    logprobs = oracle_logprobs(hf_model(model, weights), trajectory, position_ids=flat)
-    assert gap(trajectory, logprobs) > 1e-3
+    form = plain_form(trajectory.token_ids, trajectory.prompt_length)
+    logprobs = oracle_logprobs(hf_model(model, engine.weights), [form])
+    expected = logprobs[0][form.predecessor[form.predicted]].argmax(-1)
+    np.testing.assert_array_equal(trajectory.response_ids, expected)
+    assert max(gaps([trajectory], logprobs, [form])) <= TOLERANCE
