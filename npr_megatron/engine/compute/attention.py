@@ -13,6 +13,7 @@ slot.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -36,66 +37,79 @@ class PooledAttention:
     ) -> None:
         self._kv_cache = kv_cache
         self._slots = slots
-        dtype = kv_cache[0].dtype
-        self._groups = [(group, _bias(group.visible, dtype)) for group in groups]
+        self._groups = [_Reading.of(group, kv_cache[0].dtype) for group in groups]
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         cache = self._kv_cache[layer]
         cache.index_copy_(0, self._slots, keys_values)
-        outputs = [_attend_group(group, bias, queries, cache) for group, bias in self._groups]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if len(self._groups) == 1:
+            return _attend(self._groups[0], queries, cache)
+        return torch.cat([_attend(group, queries[group.tokens], cache) for group in self._groups])
 
 
-def _bias(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return what hides keys when added to scores: made once, not in every layer."""
-    if visible is None:
-        return None
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, -torch.inf
-    )
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reading:
+    """A group, prepared once for all layers."""
+
+    tokens: slice
+    shape: tuple[int, int]
+    """Rows B, and own slots S per row."""
+    own: Tensor
+    """[B * S] slots each row reads for itself."""
+    shared: Tensor | None
+    """[P] slots read once for all rows."""
+    bias: Tensor | None
+    """Added to the scores of own slots, to hide some."""
+    padded: Tensor | None
+    kept: Tensor | None
+
+    @classmethod
+    def of(cls, group: DeviceGroup, dtype: torch.dtype) -> _Reading:
+        own, visible = group.keys, group.visible
+        if group.num_shared:
+            own = own[:, group.num_shared :]
+            visible = None if visible is None else visible[..., group.num_shared :]
+        bias = None
+        if visible is not None:
+            bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            bias.masked_fill_(~visible, -torch.inf)
+        return cls(
+            tokens=slice(group.start, group.start + group.count),
+            shape=(own.shape[0], own.shape[1]),
+            own=own.reshape(-1),
+            shared=group.keys[0, : group.num_shared] if group.num_shared else None,
+            bias=bias,
+            padded=group.padded,
+            kept=group.kept,
+        )
 
 
-def _attend_group(
-    group: DeviceGroup, bias: Tensor | None, queries: Tensor, cache: Tensor
-) -> Tensor:
-    own = queries[group.start : group.start + group.count]
+def _attend(group: _Reading, queries: Tensor, cache: Tensor) -> Tensor:
+    """Return [tokens, N * D] of the [tokens, N, D] queries of a group."""
     if group.padded is not None:
-        own = own.index_select(0, group.padded)
-    if len(own) == group.num_rows:
-        return _attend_single(group, bias, own, cache)
-    num_q, head = queries.shape[1:]
+        queries = queries.index_select(0, group.padded)
+    num_tokens, num_q, head = queries.shape
     num_kv = cache.shape[1] // 2
-    read = cache.index_select(0, group.keys.view(-1)).view(*group.keys.shape, 2 * num_kv, head)
+    read = cache.index_select(0, group.own).view(*group.shape, 2 * num_kv, head)
+    if num_tokens == group.shape[0]:
+        # One query per row: query heads that share a key head become queries of it, none repeats.
+        folded = queries.reshape(num_tokens, num_kv, num_q // num_kv, head)
+        if group.shared is not None:
+            shared = cache.index_select(0, group.shared)
+            return attend_two_levels(folded, shared, read, group.bias).reshape(num_tokens, -1)
+        keys, values = read.transpose(1, 2).chunk(2, dim=1)
+        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=group.bias)
+        return out.reshape(num_tokens, num_q * head)
     keys, values = read.transpose(1, 2).chunk(2, dim=1)
     out = F.scaled_dot_product_attention(
-        own.unflatten(0, (group.num_rows, -1)).transpose(1, 2),
+        queries.unflatten(0, (group.shape[0], -1)).transpose(1, 2),
         keys,
         values,
-        attn_mask=bias,
+        attn_mask=group.bias,
         enable_gqa=num_q != num_kv,
     )
     flat = out.transpose(1, 2).reshape(-1, num_q * head)
     return flat if group.kept is None else flat.index_select(0, group.kept)
-
-
-def _attend_single(
-    group: DeviceGroup, bias: Tensor | None, queries: Tensor, cache: Tensor
-) -> Tensor:
-    """Return [B, N * D]: one query per row, of which some keys may be read for all rows at once."""
-    num_rows, num_q, head = queries.shape
-    num_kv, num_shared = cache.shape[1] // 2, group.num_shared
-    # Query heads that share a key head become queries of it: no head is repeated.
-    folded = queries.reshape(num_rows, num_kv, num_q // num_kv, head)
-    slots = group.keys[:, num_shared:]
-    read = cache.index_select(0, slots.reshape(-1)).view(*slots.shape, 2 * num_kv, head)
-    if num_shared:
-        shared = cache.index_select(0, group.keys[0, :num_shared])
-        own_bias = None if bias is None else bias[..., num_shared:]
-        out = attend_two_levels(folded, shared, read, own_bias)
-    else:
-        keys, values = read.transpose(1, 2).chunk(2, dim=1)
-        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bias)
-    return out.reshape(num_rows, num_q * head)
 
 
 class DenseAttention:
