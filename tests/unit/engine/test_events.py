@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_megatron.engine.events import (
@@ -24,6 +24,7 @@ from npr_megatron.schema.grammar import Grammar
 from tests.engines import TINY, drain, random_weights, request_for, teacher_of, tiny_engine
 from tests.structures import QUICK, SMALL, Structure, structures
 
+FEW = settings(QUICK, max_examples=12)
 STREAMS = (
     "token_ids",
     "position_ids",
@@ -106,10 +107,10 @@ def taught(structure: Structure, rollout: int):
     return request_for(structure.prompt_ids, rollout=rollout), teacher
 
 
-@QUICK
+@FEW
 @given(
-    several=st.lists(structures(max_blocks=3, max_branches=4), min_size=1, max_size=4),
-    num_kv_slots=st.sampled_from([500, 4096]),
+    several=st.lists(structures(2, 4, max_tokens=3), min_size=1, max_size=3),
+    num_kv_slots=st.sampled_from([450, 4096]),
     data=st.data(),
 )
 def test_replaying_the_events_rebuilds_the_trajectory(several, num_kv_slots, data):
@@ -138,8 +139,8 @@ def test_answers_that_break_off_are_told_to_their_last_token(mode, max_new_token
     assert_told([replay], drain(engine))
 
 
-@QUICK
-@given(structure=structures(max_blocks=3), num_steps=st.integers(0, 30))
+@FEW
+@given(structure=structures(2, max_tokens=3), num_steps=st.integers(0, 30))
 def test_an_aborted_answer_is_told_as_far_as_it_came(structure, num_steps):
     engine = tiny_engine(vocabulary=structure.vocabulary)
     request, teacher = taught(structure, 0)
@@ -153,8 +154,8 @@ def test_an_aborted_answer_is_told_as_far_as_it_came(structure, num_steps):
     assert_told([replay], finished)
 
 
-@QUICK
-@given(structure=structures(max_blocks=3), num_steps=st.integers(0, 12))
+@FEW
+@given(structure=structures(2, max_tokens=3), num_steps=st.integers(0, 12))
 def test_a_push_that_drops_makes_what_was_told_void(structure, num_steps):
     engine = tiny_engine(vocabulary=structure.vocabulary, kv_after_push="drop")
     replay = listen(engine, *taught(structure, 0))

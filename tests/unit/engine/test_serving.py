@@ -161,7 +161,9 @@ def test_weights_that_give_nan_fail_the_request_and_not_the_engine() -> None:
     assert "weight version 9" in lost.finish_detail
     engine.load(random_weights(TINY, 0), version=10)
     again = run_one(engine, request_for(PROMPT))
-    assert again.token_ids.tolist() == run_one(tiny_engine(), request_for(PROMPT)).token_ids.tolist()
+    assert (
+        again.token_ids.tolist() == run_one(tiny_engine(), request_for(PROMPT)).token_ids.tolist()
+    )
 
 
 def test_loading_names_every_storage_that_does_not_fit() -> None:
@@ -232,3 +234,20 @@ def test_a_tiny_pool_survives_random_arrivals_aborts_and_commits(seed: int) -> N
             expected = tiny_engine(seed=used).score([trajectory])[0]
             mine = trajectory.weight_versions == used
             np.testing.assert_allclose(trajectory.logprobs[mine], expected[mine], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_kv_slots", [68, 72, 80])
+def test_idle_prompts_give_way_to_the_streams_of_a_round_under_way(num_kv_slots) -> None:
+    engine = tiny_engine(num_kv_slots=num_kv_slots, max_running=4)
+    for number in range(30):
+        prompt = [20 + number % 20, *range(21, 28), 20 + number % 19]
+        request = request_for(
+            prompt,
+            prompt_id=f"p{number}",
+            mode=DecodeMode.SEQUENTIAL,
+            max_new_tokens=5 + number % 4,
+        )
+        engine.add(request)
+        while engine.num_unfinished == 4:
+            engine.step()
+    drain(engine)
