@@ -99,6 +99,17 @@ def feed_on(rng: np.random.Generator, pool: SlotPool, row: int, num_tokens: int)
     return Feed.of_tail(segment, num_tokens, row, pool)
 
 
+def replayed(rng: np.random.Generator, pool: SlotPool, num_shared: int) -> Feed:
+    """A tree of two branches behind ``num_shared`` tokens in the pool."""
+    block = np.array([0] * 10 + [1] * 9 + [0] * 3, np.int32)
+    branch = np.array([0] * 10 + [1] * 4 + [2] * 5 + [0] * 3, np.int32)
+    row = pool.open_row(None, len(block))
+    slots = pool.append(row, len(block))
+    tokens = rng.integers(20, 40, size=len(block)).astype(np.int32)
+    labels = {"token_ids": tokens, "position_ids": tokens, "block": block, "branch": branch}
+    return Feed.of_tree(labels, slots, num_shared)
+
+
 def scatter_cache(model: EngineModel, seed: int) -> None:
     """Fill every slot of every layer, the dummy included, with other random keys and values."""
     generator = torch.Generator().manual_seed(seed)

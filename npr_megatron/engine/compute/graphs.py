@@ -25,25 +25,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from npr_megatron.engine.compute.decode_rows import Bucket, DecodeRows
 from npr_megatron.engine.compute.static_decode import StaticDecode
 
 _WARM_UPS = 2
 """Passes before a capture: libraries load kernels, choose algorithms and allocate on first use."""
-_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Not cuDNN, which builds an execution plan for every new shape."""
 
 
 class GraphedDecode:
     """Captures of a decode step, by bucket. Needs a CUDA device."""
 
-    def __init__(self, decode: StaticDecode) -> None:
+    def __init__(self, decode: StaticDecode, device: torch.device) -> None:
         self._decode = decode
+        self._device = device
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         self._memory = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device)
 
     @property
     def num_graphs(self) -> int:
@@ -56,27 +54,24 @@ class GraphedDecode:
         bucket = self._decode.reader.bucket(rows)
         if bucket is None:
             return None
-        if bucket not in self._graphs:
-            self._graphs[bucket] = self._capture(bucket)
-        self._decode.load(rows, bucket)
-        self._graphs[bucket].replay()
-        return self._decode.result(len(rows.logit_index))
+        with torch.cuda.device(self._device):
+            if bucket not in self._graphs:
+                self._graphs[bucket] = self._capture(bucket)
+            self._decode.load(rows, bucket)
+            self._graphs[bucket].replay()
+            return self._decode.result(len(rows.logit_index))
 
     def _capture(self, bucket: Bucket) -> torch.cuda.CUDAGraph:
-        """Capture the pass of ``bucket`` over padding."""
+        """Capture the pass of ``bucket``, which runs over padding meanwhile."""
         self._decode.load_padding(bucket)
         self._stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
-        with sdpa_kernel(_BACKENDS):
-            with torch.cuda.stream(self._stream):
-                for _ in range(_WARM_UPS):
-                    self._decode.forward(bucket)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            with torch.cuda.graph(
-                graph,
-                pool=self._memory,
-                stream=self._stream,
-                capture_error_mode="thread_local",
-            ):
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UPS):
                 self._decode.forward(bucket)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            self._decode.forward(bucket)
         return graph

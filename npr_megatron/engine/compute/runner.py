@@ -94,7 +94,7 @@ class LocalRunner:
                 reader = GatherReader(self.model.kv_cache, BucketLimits(num_rows, _MAX_GATHERED))
             else:
                 reader = FlashInferReader(library, self.model, BucketLimits(num_rows, _MAX_LISTED))
-            self._graphs = GraphedDecode(StaticDecode(self.model, reader))
+            self._graphs = GraphedDecode(StaticDecode(self.model, reader), self.device)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from npr_megatron.engine.compute.attention import PooledAttention
 from npr_megatron.engine.compute.decode_rows import (
@@ -35,6 +36,8 @@ from npr_megatron.engine.compute.transfer import Staging
 
 _NUM_FIELDS = 5
 _INT_BYTES = 4
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of attention over gathered slots. Not cuDNN, which builds an execution plan per shape."""
 
 
 class KeyReader(Protocol):
@@ -158,7 +161,8 @@ class StaticDecode:
         token_ids, position_ids, slots, lengths, _ = self._fields[:, : bucket.num_rows]
         # index_copy_ takes no int32; converted once, not once a layer.
         attend = self.reader.attention(bucket, slots.long(), lengths, self._reads)
-        hidden = self._model.hidden(token_ids, position_ids, attend)
+        with sdpa_kernel(_BACKENDS):
+            hidden = self._model.hidden(token_ids, position_ids, attend)
         self._logits[: bucket.num_rows].copy_(self._model.logits(hidden))
 
     def result(self, num_logits: int) -> Tensor:

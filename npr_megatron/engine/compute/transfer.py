@@ -24,6 +24,7 @@ class Staging:
     """Host memory, pinned where the device is a GPU, that is filled and sent again and again."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on_gpu = device.type == "cuda"
         self._host = torch.empty(0, dtype=torch.uint8)
         self._sent = torch.cuda.Event() if self._on_gpu else None
@@ -43,7 +44,7 @@ class Staging:
         """
         target.copy_(self._host[: len(target)], non_blocking=True)
         if self._sent is not None:
-            self._sent.record()
+            self._sent.record(torch.cuda.current_stream(self._device))
 
 
 class Upload:

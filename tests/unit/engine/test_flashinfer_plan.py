@@ -1,4 +1,6 @@
-"""Index arrays of paged attention, read as FlashInfer documents them, against the ragged groups."""
+"""Batches as paged attention takes them, and all that surrounds FlashInfer but its kernels: run
+against a plain reading of its documentation (``tests.paged_library``), compared with ragged groups.
+"""
 
 from __future__ import annotations
 
@@ -6,136 +8,63 @@ import numpy as np
 import pytest
 import torch
 
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.engine.compute import flashinfer
 from npr_megatron.engine.compute.attention import PooledAttention
-from npr_megatron.engine.compute.decode_rows import decode_rows
+from npr_megatron.engine.compute.decode_rows import Bucket, BucketLimits, decode_rows
 from npr_megatron.engine.compute.device_batch import to_device
-from npr_megatron.engine.compute.flashinfer import as_pages, library_for
+from npr_megatron.engine.compute.flashinfer import (
+    FlashInferBatches,
+    FlashInferReader,
+    as_pages,
+    library_for,
+)
 from npr_megatron.engine.compute.model import EngineModel
-from npr_megatron.engine.compute.paged_plan import PagedRows, cascade_of, indptr, paged_rows
+from npr_megatron.engine.compute.paged_plan import cascade_of, indptr, paged_rows
+from npr_megatron.engine.compute.static_decode import StaticDecode
 from npr_megatron.engine.compute.transfer import Upload
 from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.schedule.batch import Batch, assemble
-from npr_megatron.engine.schedule.feed import Feed
-from tests.batches import decode_batch, feed_on, grown_rows, rows_of_lengths, stream_on
-from tests.engines import TINY
+from tests import paged_library
+from tests.batches import (
+    decode_batch,
+    feed_on,
+    grown_rows,
+    replayed,
+    rows_of_lengths,
+    scatter_cache,
+    stream_on,
+)
+from tests.engines import TINY, random_weights
 
-CPU = torch.device("cpu")
 NUM_SLOTS = 8192
-NUM_Q, NUM_KV, HEAD = TINY.num_attention_heads, TINY.num_key_value_heads, TINY.head_dim
+LIMITS = BucketLimits(max_rows=32, max_reads=1 << 16)
 
 
-class Layer:
-    """One layer's cache with random contents, and random queries, keys and values of a batch."""
-
-    def __init__(self, seed: int, num_tokens: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        self.cache = random(NUM_SLOTS + 1, 2 * NUM_KV, HEAD)
-        self.queries = random(num_tokens, NUM_Q, HEAD)
-        self.keys_values = random(num_tokens, 2 * NUM_KV, HEAD)
-
-    def pooled(self, batch: Batch) -> torch.Tensor:
-        """What the ragged groups give, [T, N, D]; writes the batch into the cache."""
-        placed = to_device(batch, Upload(CPU))
-        attend = PooledAttention([self.cache], placed.slots, placed.groups)
-        return attend(0, self.queries, self.keys_values).view(-1, NUM_Q, HEAD)
-
-    def paged(self, rows: PagedRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a paged kernel makes of ``rows``: results [Q, N, D] and log-sum-exps [Q, N]."""
-        results, sums, mask_start = [], [], 0
-        pages = as_pages(self.cache)
-        for row in range(len(rows.query_indptr) - 1):
-            tokens = rows.tokens[rows.query_indptr[row] : rows.query_indptr[row + 1]]
-            slots = rows.key_slots[rows.key_indptr[row] : rows.key_indptr[row + 1]]
-            num_queries, num_keys = len(tokens), len(slots)
-            if rows.mask is None:
-                ends = np.arange(num_keys - num_queries, num_keys)
-                mask = np.arange(num_keys) <= ends[:, None]
-            else:
-                size = num_queries * num_keys
-                mask = rows.mask[mask_start : mask_start + size].reshape(num_queries, num_keys)
-                mask_start += size
-            keys, values = pages[torch.from_numpy(slots).long()][:, :, 0].unbind(1)
-            keys = keys.repeat_interleave(NUM_Q // NUM_KV, dim=1)
-            values = values.repeat_interleave(NUM_Q // NUM_KV, dim=1)
-            scores = torch.einsum("qnd,knd->qnk", self.queries[tokens], keys) * HEAD**-0.5
-            scores.masked_fill_(~torch.from_numpy(mask)[:, None], -torch.inf)
-            results.append(torch.einsum("qnk,knd->qnd", scores.softmax(-1), values))
-            sums.append(scores.logsumexp(-1))
-        assert rows.mask is None or mask_start == len(rows.mask)
-        return torch.cat(results), torch.cat(sums)
+def model_with(seed: int, config: ModelConfig = TINY) -> EngineModel:
+    """Random weights, a cache full of random keys and values, and a spare slot; float64."""
+    model = EngineModel(
+        config, num_slots=NUM_SLOTS + 1, dtype=torch.float64, device=torch.device("cpu")
+    )
+    for name, weight in random_weights(config, seed).items():
+        model.weights[name].copy_(weight)
+    scatter_cache(model, seed)
+    return model
 
 
-def random_batch(seed: int) -> tuple[Batch, SlotPool]:
-    """Streams of grown trees, prompts, forced runs and a replayed tree."""
-    rng = np.random.default_rng(seed)
-    pool = SlotPool(NUM_SLOTS)
+def random_batch(seed: int) -> Batch:
+    """Streams of grown trees, prompts, forced runs and replayed trees."""
+    rng, pool = np.random.default_rng(seed), SlotPool(NUM_SLOTS)
     streams = [stream_on(row, 20, 3) for row in grown_rows(rng, pool, longest=120)]
-    feeds = [
-        feed_on(rng, pool, row, int(rng.integers(1, 40)))
-        for row in rows_of_lengths(pool, rng.integers(0, 60, size=5).tolist())
-    ]
-    feeds += [replayed(rng, pool, num_shared) for num_shared in (0, 7)]
-    return assemble(streams, feeds, pool)[0], pool
+    rows = rows_of_lengths(pool, rng.integers(0, 60, size=5).tolist())
+    feeds = [feed_on(rng, pool, row, int(rng.integers(1, 40))) for row in rows]
+    feeds += [replayed(rng, pool, 0), replayed(rng, pool, 7)]
+    return assemble(streams, feeds, pool)[0]
 
 
-def replayed(rng: np.random.Generator, pool: SlotPool, num_shared: int) -> Feed:
-    """A tree of two branches behind ``num_shared`` tokens in the pool."""
-    block = np.array([0] * 10 + [1] * 9 + [0] * 3, np.int32)
-    branch = np.array([0] * 10 + [1] * 4 + [2] * 5 + [0] * 3, np.int32)
-    row = pool.open_row(None, len(block))
-    slots = pool.append(row, len(block))
-    tokens = rng.integers(20, 40, size=len(block)).astype(np.int32)
-    labels = {"token_ids": tokens, "position_ids": tokens, "block": block, "branch": branch}
-    return Feed.of_tree(labels, slots, num_shared)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_rows_cover_a_batch_and_read_what_its_groups_read(seed: int):
-    batch, _ = random_batch(seed)
-    layer = Layer(seed, len(batch.token_ids))
-    expected = layer.pooled(batch)
-    causal, masked = paged_rows(batch)
-    assert causal is not None
-    assert masked is not None
-    covered = np.concatenate([causal.tokens, masked.tokens])
-    assert sorted(covered.tolist()) == list(range(len(batch.token_ids)))
-    for rows in (causal, masked):
-        torch.testing.assert_close(layer.paged(rows)[0], expected[rows.tokens])
-
-
-def test_only_replays_of_trees_need_a_mask():
-    causal, masked = paged_rows(random_batch(0)[0])
-    assert causal is not None
-    assert masked is not None
-    assert causal.mask is None
-    assert sorted(np.diff(masked.query_indptr).tolist()) == [15, 22]
-    pool = SlotPool(64)
-    run = feed_on(np.random.default_rng(0), pool, pool.open_row(None, 5), 5)
-    assert paged_rows(assemble([], [run], pool)[0])[1] is None
-
-
-def test_the_comparison_sees_a_missing_mask_and_a_wrong_slot():
-    batch, _ = random_batch(1)
-    layer = Layer(1, len(batch.token_ids))
-    expected = layer.pooled(batch)
-    _, masked = paged_rows(batch)
-    assert masked is not None
-    unmasked = PagedRows(masked.tokens, masked.query_indptr, masked.key_indptr, masked.key_slots)
-    slots = masked.key_slots.copy()
-    slots[0] = 4000
-    moved = PagedRows(masked.tokens, masked.query_indptr, masked.key_indptr, slots, masked.mask)
-    for wrong in (unmasked, moved):
-        assert (layer.paged(wrong)[0] - expected[masked.tokens]).abs().max() > 1e-3
-
-
-def shared_batch(prompt_length: int) -> tuple[Batch, SlotPool]:
+def shared_batch(prompt_length: int) -> Batch:
     """Two families behind prompts of this length, and rows that share with nobody."""
-    rng = np.random.default_rng(3)
-    pool = SlotPool(NUM_SLOTS)
+    rng, pool = np.random.default_rng(3), SlotPool(NUM_SLOTS)
     rows = rows_of_lengths(pool, [1, 40])
     for num_rollouts in (4, 3):
         prompt = pool.open_row(None, prompt_length)
@@ -143,42 +72,119 @@ def shared_batch(prompt_length: int) -> tuple[Batch, SlotPool]:
         for _ in range(num_rollouts):
             rows.append(pool.open_row(prompt, prompt_length + 60))
             pool.append(rows[-1], int(rng.integers(1, 50)))
-    model = EngineModel(TINY, num_slots=1, dtype=torch.float32, device=CPU)
-    return decode_batch(rng, pool, rows, model), pool
+    return decode_batch(rng, pool, rows, model_with(0))
 
 
-def test_two_levels_give_what_the_groups_give():
-    batch, _ = shared_batch(1500)
-    layer = Layer(2, len(batch.token_ids))
-    expected = layer.pooled(batch)
-    rows = decode_rows(batch)
+def both(batch: Batch, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, FlashInferBatches]:
+    """One layer's result by the paged library and by the ragged groups."""
+    model, upload = model_with(seed), Upload(torch.device("cpu"))
+    batches = FlashInferBatches(paged_library, model)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(batch.token_ids), model.num_q + 2 * model.num_kv, TINY.head_dim)
+    heads = torch.randn(shape, generator=generator, dtype=torch.float64)
+    queries, keys_values = heads[:, : model.num_q], heads[:, model.num_q :]
+    paged = batches.place(batch, upload).attend(0, queries, keys_values)
+    placed = to_device(batch, upload)
+    pooled = PooledAttention(model.kv_cache, placed.slots, placed.groups)
+    return paged, pooled(0, queries, keys_values), batches
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_batch_of_anything_is_attended_as_its_groups_are(seed: int):
+    paged, pooled, _ = both(random_batch(seed), seed)
+    torch.testing.assert_close(paged, pooled)
+
+
+def test_only_replays_of_trees_need_a_mask():
+    batch = random_batch(0)
+    causal, masked = paged_rows(batch)
+    assert causal is not None
+    assert masked is not None
+    assert causal.mask is None
+    assert sorted(np.diff(masked.query_indptr).tolist()) == [15, 22]
+    covered = np.concatenate([causal.tokens, masked.tokens])
+    assert sorted(covered.tolist()) == list(range(len(batch.token_ids)))
+    pool = SlotPool(64)
+    run = feed_on(np.random.default_rng(0), pool, pool.open_row(None, 5), 5)
+    assert paged_rows(assemble([], [run], pool)[0])[1] is None
+
+
+def test_the_comparison_sees_a_wrong_slot_and_a_missing_mask(monkeypatch: pytest.MonkeyPatch):
+    batch = random_batch(1)
+    plan = paged_library.BatchPrefillWithPagedKVCacheWrapper.plan
+
+    def blind(self, *arrays, custom_mask=None, **rest):
+        plan(self, *arrays, **rest)
+
+    def misplaced(self, starts, ends, slots, *arrays, **rest):
+        plan(self, starts, ends, torch.cat((slots[1:], slots[:1])), *arrays, **rest)
+
+    for wrong in (blind, misplaced):
+        monkeypatch.setattr(paged_library.BatchPrefillWithPagedKVCacheWrapper, "plan", wrong)
+        paged, pooled, _ = both(batch)
+        assert (paged - pooled).abs().max() > 1e-2
+
+
+def test_two_levels_give_what_the_groups_give(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(flashinfer, "_CASCADE_BYTES", 1)
+    batch = shared_batch(1500)
+    paged, pooled, batches = both(batch)
+    torch.testing.assert_close(paged, pooled)
+    assert vars(batches)["_levels"].num_plans == 1
+    assert vars(batches)["_causal"].num_plans == 0
+
+
+def test_two_levels_share_each_beginning_once_and_leave_no_row_empty():
+    rows = decode_rows(shared_batch(1500))
     assert rows is not None
     cascade = cascade_of(rows)
     assert cascade is not None
     assert cascade.num_saved == 3 * 1500 + 2 * 1500
     np.testing.assert_array_equal(cascade.shared.tokens, cascade.own.tokens)
+    assert sorted(np.diff(cascade.shared.query_indptr).tolist()) == [1, 1, 3, 4]
     assert (np.diff(cascade.shared.key_indptr) > 0).all()
     assert (np.diff(cascade.own.key_indptr) > 0).all()
-    # The upper level is not causal: every query sees the whole beginning.
-    queries, keys = np.diff(cascade.shared.query_indptr), np.diff(cascade.shared.key_indptr)
-    whole = PagedRows(
-        cascade.shared.tokens,
-        cascade.shared.query_indptr,
-        cascade.shared.key_indptr,
-        cascade.shared.key_slots,
-        np.ones(int((queries * keys).sum()), np.bool_),
-    )
-    shared, shared_sum = layer.paged(whole)
-    own, own_sum = layer.paged(cascade.own)
-    weight = torch.sigmoid(shared_sum - own_sum)[..., None]
-    merged = weight * shared + (1 - weight) * own
-    torch.testing.assert_close(merged, expected[cascade.own.tokens])
 
 
 def test_short_beginnings_are_read_by_every_row():
-    rows = decode_rows(shared_batch(600)[0])
+    rows = decode_rows(shared_batch(600))
     assert rows is not None
     assert cascade_of(rows) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_decode_steps_are_what_ragged_groups_give(seed: int):
+    rng, pool = np.random.default_rng(seed), SlotPool(NUM_SLOTS)
+    model, other = model_with(seed), model_with(seed)
+    static = StaticDecode(model, FlashInferReader(paged_library, model, LIMITS))
+    upload, rows = Upload(model.device), grown_rows(rng, pool, longest=100)
+    for num_rows in (len(rows), len(rows), max(1, len(rows) - 1)):
+        batch = decode_batch(rng, pool, rows[:num_rows], model)
+        found = decode_rows(batch)
+        assert found is not None
+        placed = to_device(batch, upload)
+        attend = PooledAttention(other.kv_cache, placed.slots, placed.groups)
+        hidden = other.hidden(placed.token_ids, placed.position_ids, attend)
+        expected = other.logits(hidden.index_select(0, placed.logit_index))
+        torch.testing.assert_close(static.run(found), expected, atol=1e-6, rtol=1e-6)
+    for cache, source in zip(model.kv_cache, other.kv_cache, strict=True):
+        torch.testing.assert_close(cache[:-1], source[:-1], atol=1e-10, rtol=1e-10)
+
+
+def test_buckets_of_decode_steps_differ_in_rows_only(monkeypatch: pytest.MonkeyPatch):
+    rng, pool, model = np.random.default_rng(0), SlotPool(NUM_SLOTS), model_with(0)
+    reader = FlashInferReader(paged_library, model, LIMITS)
+    found = []
+    for lengths in ([5] * 9, [500] * 12, [500] * 4, [2] * 33):
+        rows = decode_rows(decode_batch(rng, pool, rows_of_lengths(pool, lengths), model))
+        assert rows is not None
+        found.append(reader.bucket(rows))
+    assert found == [Bucket(16, 0), Bucket(16, 0), Bucket(4, 0), None]
+    shared = decode_rows(shared_batch(1500))
+    assert shared is not None
+    assert reader.bucket(shared) == Bucket(16, 0)
+    monkeypatch.setattr(flashinfer, "_CASCADE_BYTES", 1)
+    assert reader.bucket(shared) is None  # two levels pay
 
 
 def test_flat_slots_are_the_rows_of_the_pool_one_after_another():
@@ -195,16 +201,17 @@ def test_flat_slots_are_the_rows_of_the_pool_one_after_another():
 
 
 def test_a_cache_is_the_library_s_combined_cache_seen_otherwise():
-    cache = torch.arange(5 * 2 * NUM_KV * HEAD).view(5, 2 * NUM_KV, HEAD)
+    num_kv, head = TINY.num_key_value_heads, TINY.head_dim
+    cache = torch.arange(5 * 2 * num_kv * head).view(5, 2 * num_kv, head)
     pages = as_pages(cache)
-    assert pages.shape == (5, 2, 1, NUM_KV, HEAD)
+    assert pages.shape == (5, 2, 1, num_kv, head)
     assert pages.data_ptr() == cache.data_ptr()
     keys, values = pages.unbind(1)
-    assert torch.equal(keys[:, 0], cache[:, :NUM_KV])
-    assert torch.equal(values[:, 0], cache[:, NUM_KV:])
+    assert torch.equal(keys[:, 0], cache[:, :num_kv])
+    assert torch.equal(values[:, 0], cache[:, num_kv:])
     assert keys.stride() == values.stride()
 
 
 def test_without_a_gpu_nothing_is_imported():
-    model = EngineModel(TINY, num_slots=4, dtype=torch.bfloat16, device=CPU)
+    model = EngineModel(TINY, num_slots=4, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert library_for(model) is None
