@@ -22,15 +22,23 @@ from npr_megatron.engine.compute.runner import LocalRunner
 from npr_megatron.engine.compute.tensor_parallel import Follower, LeaderRunner
 from npr_megatron.engine.engine import Engine
 from npr_megatron.errors import DivergenceError, EnvironmentFault, StaleWeightsError
-from npr_megatron.records.trajectory import DecodeMode
+from npr_megatron.records.trajectory import DecodeMode, FinishReason
 from npr_megatron.weights.layouts.served import Quantisation
 from npr_megatron.weights.storages import box_reader, load_tiles, tile_view
 from tests.distributed.harness import forks, run_ranks
-from tests.engines import TINY, UNTIED, drain, random_weights, request_for, skeleton_of
-from tests.structures import SMALL
+from tests.engines import (
+    TINY,
+    UNTIED,
+    drain,
+    random_weights,
+    request_for,
+    skeleton_of,
+    steered_weights,
+)
+from tests.structures import SMALL, WORDS
 from tests.unit.engine.test_decoding import PROMPT, RESPONSE
 
-FP8 = TINY.model_copy(
+FP8 = UNTIED.model_copy(
     update={"hidden_size": 128, "head_dim": 128, "intermediate_size": 256, "vocab_size": 48}
 )
 SKELETON = skeleton_of([*PROMPT, *RESPONSE], len(PROMPT), SMALL)
@@ -39,8 +47,12 @@ STEPS_PER_PUSH = 8
 
 
 def canonical(model, version):
-    """What a checkpoint holds of the weights that ``random_weights`` gives an engine."""
-    storages = random_weights(model, version)
+    """What a checkpoint holds; a head of its own speaks words only, so that trees grow to their
+    end."""
+    if model.tie_word_embeddings:
+        storages = random_weights(model, version)
+    else:
+        storages = steered_weights(model, version, WORDS)
     parameters = {}
     for tile in storage_layout(model).ranks[0].tiles:
         parameters[tile.parameter] = tile_view(tile, storages)
@@ -91,6 +103,7 @@ def drain_with_pushes(engine, push):
 
 def decode_alone(model, weights):
     """The oracle: the same work by an engine of one process."""
+    torch.set_num_threads(1)
     config = config_of(weights)
     engine = Engine(model, config, SMALL)
 
@@ -197,6 +210,8 @@ def test_ranks_decode_what_one_process_does_through_pushes_while_decoding(case, 
     expected = decode_alone(model, weights)
     finished = expected[0]
     assert any(set(t.branch.tolist()) > {0, 1} for t in finished), "branches are decoded"
+    if not model.tie_word_embeddings:
+        assert [t.num_blocks for t in finished if t.finish is FinishReason.STOP] == [2, 2]
     assert len({v for t in finished for v in t.weight_versions.tolist()} - {-1}) > 2
     led, *followers = run_ranks(decode_as_rank, size, tmp_path, model, weights)
     assert_same(led[:2], expected)
