@@ -1,4 +1,4 @@
-"""Expected lengths: on the safe side, never beyond the budget, learnt from what ended."""
+"""Expected lengths and the memory they add up to: within the budget, learnt from what ended."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npr_megatron.engine.memory.admission import LengthEstimate
+from npr_megatron.engine.memory.admission import LengthEstimate, peak_slots
 from tests.structures import QUICK
 
-OBSERVATIONS = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 200)), max_size=200)
+OBSERVATIONS = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 200)), max_size=100)
 
 
 def estimate_of(observations: list[tuple[int, int]]) -> LengthEstimate:
@@ -26,7 +26,7 @@ def test_the_worst_is_expected_until_something_has_ended() -> None:
 
 @QUICK
 @given(OBSERVATIONS, st.integers(1, 5000), st.integers(0, 5000))
-def test_more_than_there_is_and_less_than_the_budget(
+def test_more_than_there_is_and_no_more_than_the_budget(
     observations: list[tuple[int, int]], max_new_tokens: int, already: int
 ) -> None:
     already = min(already, max_new_tokens)
@@ -36,47 +36,54 @@ def test_more_than_there_is_and_less_than_the_budget(
 
 
 @QUICK
-@given(OBSERVATIONS, st.integers(1, 5000))
-def test_a_trajectory_that_outgrew_the_expectation_is_expected_to_use_all(
-    observations: list[tuple[int, int]], max_new_tokens: int
+@given(OBSERVATIONS, st.integers(1, 5000), st.integers(0, 5000))
+def test_it_is_the_mean_of_the_longer_ones_among_the_last_32(
+    observations: list[tuple[int, int]], max_new_tokens: int, already: int
 ) -> None:
-    estimate = estimate_of(observations)
-    expected = estimate.expected(max_new_tokens, 0)
-    assert estimate.expected(max_new_tokens, expected) == max_new_tokens
+    last = ([1.0] * 32 + [min(1.0, used / most) for used, most in observations])[-32:]
+    longer = [fraction * max_new_tokens for fraction in last if fraction > already / max_new_tokens]
+    expected = estimate_of(observations).expected(max_new_tokens, already)
+    if already < max_new_tokens:
+        mean = sum(longer) / len(longer) if longer else max_new_tokens
+        assert abs(expected - min(max(mean, already + 1), max_new_tokens)) <= 1.0 + 1e-6
 
 
 @QUICK
-@given(OBSERVATIONS)
-def test_equal_histories_give_equal_estimates(observations: list[tuple[int, int]]) -> None:
-    assert estimate_of(observations).fraction == estimate_of(observations).fraction
-    assert 0.0 <= estimate_of(observations).fraction <= 1.0
+@given(OBSERVATIONS, st.lists(st.integers(0, 1000), min_size=2, max_size=9))
+def test_the_longer_a_trajectory_is_the_longer_it_is_expected_to_become(
+    observations: list[tuple[int, int]], lengths: list[int]
+) -> None:
+    estimate = estimate_of(observations)
+    expected = [estimate.expected(1000, length) for length in sorted(lengths)]
+    assert expected == sorted(expected)
 
 
-def test_a_few_short_ones_change_nothing_and_many_do() -> None:
-    """The first to end are the short ones: believing them would overfill the pool."""
-    assert estimate_of([(10, 100)] * 20).fraction == 1.0
-    assert estimate_of([(10, 100)] * 100).fraction < 0.6
-    assert 0.1 <= estimate_of([(10, 100)] * 1000).fraction < 0.11
+def test_what_ended_long_ago_is_forgotten() -> None:
+    late = [(25, 100)] * 32
+    assert estimate_of([(90, 100)] * 500 + late).expected(1000, 0) == 250
+    assert estimate_of(late).expected(1000, 0) == 250
+    assert estimate_of(late[:16]).expected(1000, 0) == 625
 
 
-def test_the_estimate_is_the_mean_and_two_deviations_of_what_ended_lately() -> None:
+def ended_one_by_one(held: list[int], remaining: list[int]) -> int:
+    """Let all grow by one slot at a time; note the highest sum there is."""
+    live = [(slots, slots + more) for slots, more in zip(held, remaining, strict=True)]
+    peak = 0
+    while live:
+        peak = max(peak, sum(slots for slots, _ in live))
+        live = [(slots + 1, end) for slots, end in live if slots < end]
+    return peak
+
+
+@QUICK
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=12))
+def test_the_peak_is_that_of_growing_token_by_token(trees: list[tuple[int, int]]) -> None:
+    held, remaining = [list(column) for column in zip(*trees, strict=True)]
+    assert peak_slots(held, remaining) == ended_one_by_one(held, remaining)
+
+
+def test_trajectories_that_end_at_different_times_need_less_than_the_sum_of_their_lengths() -> None:
     generator = random.Random(0)
-    lengths = [generator.choice([100, 300]) for _ in range(4000)]
-    fraction = estimate_of([(length, 1000) for length in lengths]).fraction
-    assert 0.3 < fraction < 0.5  # 0.2 + 2 * 0.1, of some tens of trajectories
-
-
-def test_longer_ones_are_believed_at_once() -> None:
-    history = [(100, 1000)] * 1000
-    assert estimate_of(history + [(900, 1000)] * 3).fraction > 2 * estimate_of(history).fraction
-
-
-def test_most_trajectories_stay_within_the_estimate() -> None:
-    generator = random.Random(1)
-    estimate = LengthEstimate()
-    num_beyond = 0
-    for number in range(3000):
-        length = min(1000, int(generator.lognormvariate(5.0, 0.6)))
-        num_beyond += number > 200 and length > estimate.expected(1000, 0)
-        estimate.observe(length, 1000)
-    assert num_beyond / 2800 < 0.1
+    remaining = [generator.randint(1, 1000) for _ in range(100)]
+    assert peak_slots([0] * 100, remaining) < 0.6 * sum(remaining)
+    assert peak_slots([0] * 100, [500] * 100) == 50_000
