@@ -30,7 +30,8 @@ from npr_megatron.engine.flow.flow import Flow
 from npr_megatron.records.randomness import uniforms
 from npr_megatron.records.trajectory import DecodeMode
 from npr_megatron.schema.grammar import Grammar
-from tests.engines import request_for
+from tests.engines import UNTIED, random_weights, request_for, run_one, tiny_engine
+from tests.parity.hf_reference import hf_model
 from tests.structures import QUICK, SMALL
 
 BORDER = 1e-4
@@ -147,6 +148,37 @@ def test_a_greedy_choice_is_penalised_too() -> None:
         asked = dataclasses.replace(request, repetition_penalty=penalty)
         assert choose(logits, [Flow(asked, Grammar(SMALL), SMALL.eos).trunk]) == [token]
     assert int(expected) == 2
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.1, 1.6])
+def test_an_engine_writes_what_transformers_generates_and_records_the_plain_policy(
+    penalty: float,
+) -> None:
+    weights = random_weights(UNTIED, 4)
+    reference = hf_model(UNTIED, weights)
+    request = request_for(
+        (20, 31, 22),
+        mode=DecodeMode.SEQUENTIAL,
+        max_new_tokens=40,
+        temperature=0.0,
+        repetition_penalty=penalty,
+    )
+    trajectory = run_one(tiny_engine(model=UNTIED, weights=weights), request)
+    expected = reference.generate(
+        torch.tensor([request.prompt_ids]),
+        max_new_tokens=40,
+        do_sample=False,
+        repetition_penalty=penalty,
+        eos_token_id=SMALL.eos,
+        pad_token_id=SMALL.eos,
+    )
+    assert trajectory.token_ids.tolist() == expected[0].tolist()
+    with torch.inference_mode():
+        logprobs = torch.log_softmax(reference(expected).logits[0].double(), dim=-1)
+    plain = logprobs[:-1].gather(-1, expected[0, 1:, None])[2:, 0].numpy()
+    np.testing.assert_allclose(trajectory.logprobs[3:], plain, atol=1e-5, rtol=0)
+    repeats = len(expected[0]) - len(set(expected[0].tolist()))
+    assert (repeats > 5) is (penalty < 1.6), "the penalty decides what is written"
 
 
 @pytest.mark.parametrize("penalty", [1.02, 1.3, 5.0])
