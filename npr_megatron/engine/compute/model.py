@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npr_megatron.config.model import ModelConfig
+from npr_megatron.engine.compute.dense import dense_product
 from npr_megatron.engine.compute.quantised import Weight, linear, weight_of
 from npr_megatron.engine.compute.ranks import Ranks
 from npr_megatron.weights.layouts import engine_layout
@@ -115,7 +116,7 @@ class EngineModel:
         """
         norm = self._norm
         hidden = self._embed(token_ids)
-        head_norms = self._head_norms.index_select(1, self._norm_of_head)
+        head_norms = self._head_norms.index_select(1, self._norm_of_head).unbind()
         cos = self._cos.index_select(0, position_ids)
         sin = self._signed_sin.index_select(0, position_ids)
         for index, layer in enumerate(self._layers):
@@ -130,7 +131,7 @@ class EngineModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [M, V] fp32 logits of [M, H] hidden states."""
-        logits = F.linear(hidden, self._head)
+        logits = dense_product(hidden, self._head)
         if self._ranks is not None:
             logits = self._ranks.join_columns(logits)
         return logits.float()

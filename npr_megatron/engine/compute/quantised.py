@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npr_megatron.engine.compute.dense import dense_product
 from npr_megatron.weights.box import Box, Index
 from npr_megatron.weights.layouts.served import Quantisation, scales_of
 from npr_megatron.weights.quantise import (
@@ -59,12 +60,12 @@ def weight_of(name: str, storages: Mapping[str, Tensor]) -> Weight:
 def linear(inputs: Tensor, weight: Weight) -> Tensor:
     """Return [T, M]: ``inputs`` [T, K] times the transpose of ``weight`` [M, K], in their dtype."""
     if isinstance(weight, Tensor):
-        return F.linear(inputs, weight)
+        return dense_product(inputs, weight)
     height, width = weight.values.shape
     if _multiplies_fp8(inputs.device) and not (width % _BLOCK or height % _BLOCK):
         return scaled_product(inputs, weight)
     plain = dequantise(weight.values, weight.scales, _BLOCK)
-    return F.linear(inputs, plain.to(inputs.dtype))
+    return dense_product(inputs, plain.to(inputs.dtype))
 
 
 def scaled_product(inputs: Tensor, weight: BlockScaled) -> Tensor:
