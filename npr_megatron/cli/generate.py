@@ -50,6 +50,8 @@ def generate(
 
       echo "a:1+2?" | npr generate MODEL_DIR - --mode sequential
 
+      torchrun --nproc-per-node 2 --no-python npr generate MODEL_DIR "a:1+2?"
+
     A prompt that cannot be answered (too long, or with signs the tokenizer does not know) is named
     and left out; the others are answered, and the exit code is 2.
     """
