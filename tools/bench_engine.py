@@ -62,7 +62,7 @@ class Sizes:
     batches: tuple[int, ...] = (1, 8, 32)
     branches: tuple[int, ...] = (2, 3, 4, 5)
     step_tokens: int = 96
-    """Tokens of text per branch."""
+    """Tokens of text per branch, give or take an eighth."""
     longest: int = 128
     """Tokens of the longest response of the throughput figures."""
     group_prompt: int = 512

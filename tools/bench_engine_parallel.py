@@ -32,7 +32,7 @@ def parallel_figures(
     engine = subject.engine(1)
     figures: list[Figure] = []
     for num_branches in branches:
-        response = response_of(num_branches, step_tokens)
+        response = response_of(num_branches, step_tokens, spread=step_tokens // 8)
         sequential_s, parallel_s = _seconds(engine, response, subject, repeats)
         speedup, ideal = sequential_s / parallel_s, ideal_speedup(response)
         detail = f"speed-up {speedup:.2f}, total / critical path {ideal:.2f}"
@@ -42,8 +42,10 @@ def parallel_figures(
 
 
 def five_branch_figure(subject: Subject, step_tokens: int, repeats: int) -> Figure:
-    """Return the speed-up at batch 1 where five long steps make up nearly all of the response."""
-    response = response_of(5, step_tokens)
+    """Return the speed-up at batch 1 where five steps of equal length make up nearly all of the
+    response; others end with their longest step and cannot come near five.
+    """
+    response = response_of(5, step_tokens, spread=0)
     sequential_s, parallel_s = _seconds(subject.engine(1), response, subject, repeats)
     detail = f"total / critical path {ideal_speedup(response):.2f}, {len(response)} tokens"
     return Figure(
@@ -51,15 +53,17 @@ def five_branch_figure(subject: Subject, step_tokens: int, repeats: int) -> Figu
     )
 
 
-def response_of(num_branches: int, step_tokens: int) -> list[int]:
-    """Return a response of two blocks, whose steps have about ``step_tokens`` tokens of text."""
+def response_of(num_branches: int, step_tokens: int, spread: int) -> list[int]:
+    """Return a response of two blocks, whose steps have ``step_tokens`` tokens of text give or take
+    ``spread``.
+    """
     rng = np.random.default_rng(num_branches)
 
     def text(num_tokens: int) -> tuple[int, ...]:
         return tuple(rng.choice(WORDS, num_tokens).tolist())
 
     def block() -> BlockTexts:
-        lengths = rng.integers(step_tokens * 7 // 8, step_tokens * 9 // 8 + 1, num_branches)
+        lengths = rng.integers(step_tokens - spread, step_tokens + spread + 1, num_branches)
         plans = [text(3) for _ in lengths]
         return BlockTexts(plans, [text(int(length)) for length in lengths], text(8))
 
