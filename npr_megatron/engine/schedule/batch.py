@@ -14,7 +14,7 @@ import numpy as np
 
 from npr_megatron.engine.flow.flow import Stream
 from npr_megatron.engine.flow.segment import Segment
-from npr_megatron.engine.memory.pool import SlotPool
+from npr_megatron.engine.memory.pool import SlotArray, SlotPool
 from npr_megatron.engine.schedule.families import MIN_SAVED_READS, IndexArray, find_families
 from npr_megatron.engine.schedule.feed import Feed
 from npr_megatron.records.trajectory import BoolArray
@@ -73,10 +73,10 @@ def assemble(
         The batch, the streams that take a sample from its first logits, and the known tokens that
         the other logits predict.
     """
-    groups, slots, order = _place_streams(streams, pool)
-    segments = [streams[index].segment for index in order]
-    token_ids = [np.array([segment.token_ids[-1] for segment in segments], np.int64)]
-    position_ids = [np.array([segment.position_ids[-1] for segment in segments], np.int64)]
+    groups, own_slots, order = _place_streams(streams, pool)
+    last = [(stream.segment.token_ids[-1], stream.segment.position_ids[-1]) for stream in streams]
+    last_T2 = np.array(last, np.int64).reshape(-1, 2)[order]
+    token_ids, position_ids, slots = [last_T2[:, 0]], [last_T2[:, 1]], [own_slots]
     # Attention wants rows sorted by length, results are wanted in the order given.
     sampled, logit_index = list(streams), np.argsort(order).tolist()
     scored: list[tuple[Segment, int]] = []
@@ -101,7 +101,7 @@ def assemble(
     batch = Batch(
         token_ids=np.concatenate(token_ids),
         position_ids=np.concatenate(position_ids),
-        slots=np.concatenate(slots).astype(np.int64),
+        slots=np.concatenate(slots, dtype=np.int64),
         groups=groups,
         logit_index=np.array(logit_index + scored_index, np.int64),
     )
@@ -110,10 +110,10 @@ def assemble(
 
 def _place_streams(
     streams: Sequence[Stream], pool: SlotPool
-) -> tuple[list[QueryGroup], list[np.ndarray], list[int]]:
+) -> tuple[list[QueryGroup], SlotArray, IndexArray]:
     """Append one slot per stream; return groups of rows of similar length, the slots, the order."""
     if not streams:
-        return [], [], []
+        return [], np.zeros(0, np.int32), np.zeros(0, np.int64)
     rows = np.array([stream.row for stream in streams], dtype=np.int64)
     families = find_families(rows, pool)
     order = np.lexsort((pool.length[rows], families.labels))
@@ -122,13 +122,14 @@ def _place_streams(
     lengths = pool.length[rows]
     groups: list[QueryGroup] = []
     first = 0
-    for family, num_shared in enumerate(families.num_shared):
-        last = first + int((families.labels == family).sum())
+    sizes = np.bincount(families.labels, minlength=len(families.num_shared)).tolist()
+    for size, num_shared in zip(sizes, families.num_shared, strict=True):
+        last = first + size
         for start, stop in _length_ranges(lengths[first:last] - num_shared):
             part = slice(first + start, first + stop)
             groups.append(_single_group(rows[part], lengths[part], part.start, num_shared, pool))
         first = last
-    return groups, [slots], order.tolist()
+    return groups, slots, order
 
 
 def _length_ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
@@ -162,11 +163,15 @@ def _single_group(
 
 
 def _buckets(feeds: Sequence[Feed]) -> Iterable[list[Feed]]:
-    """Group feeds whose lengths share a power of two, in a fixed order."""
+    """Group feeds whose lengths share a power of two and that read similarly much."""
     buckets: dict[int, list[Feed]] = {}
     for feed in feeds:
         buckets.setdefault((len(feed.token_ids) - 1).bit_length(), []).append(feed)
-    return [buckets[size] for size in sorted(buckets)]
+    for size in sorted(buckets):
+        bucket = sorted(buckets[size], key=lambda feed: len(feed.readable))
+        lengths = np.array([len(feed.readable) for feed in bucket])
+        for start, stop in _length_ranges(lengths):
+            yield bucket[start:stop]
 
 
 def _feed_group(feeds: Sequence[Feed], start: int) -> QueryGroup:

@@ -166,3 +166,11 @@ def test_short_or_lonely_beginnings_are_read_row_by_row() -> None:
     families = find_families(np.array(members), rows.pool)
     assert families.num_shared == [0]
     assert not families.labels.any()
+
+
+def test_a_header_behind_a_long_trunk_does_not_pad_the_others() -> None:
+    rows = RaggedRows(np.random.default_rng(0))
+    for length in (10, 1500, 12, 11):
+        rows.feed_tail(rows.open(None, length), 4)
+    batch, _, _ = assemble([], rows.feeds, rows.pool)
+    assert [group.keys.shape for group in batch.groups] == [(3, 16), (1, 1504)]
