@@ -322,10 +322,9 @@ def lead_until_the_other_is_gone(init_method, fate, result):
         for _ in range(5):
             engine.step()
         os.kill(other, fate)
-        started = time.monotonic()
         with pytest.raises(EnvironmentFault) as fault:
             drain(engine)
-        result.write_text(f"{time.monotonic() - started} {fault.value}")
+        result.write_text(str(fault.value))
 
 
 def follow_until_the_end(init_method):
@@ -340,7 +339,7 @@ def follow_until_the_end(init_method):
 
 
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_leader_whose_follower_dies_or_stops_says_so_within_the_deadline(fate, tmp_path):
+def test_a_leader_whose_follower_dies_or_stops_says_so(fate, tmp_path):
     rendezvous, result = f"file://{tmp_path}/rendezvous", tmp_path / "result"
     follower = forks().Process(target=follow_until_the_end, args=(rendezvous,))
     leader = forks().Process(target=lead_until_the_other_is_gone, args=(rendezvous, fate, result))
@@ -351,9 +350,41 @@ def test_a_leader_whose_follower_dies_or_stops_says_so_within_the_deadline(fate,
         process.kill()
         process.join()
     assert leader.exitcode == 0
-    seconds, message = result.read_text().split(" ", 1)
-    assert float(seconds) < 20
+    message = result.read_text()
     assert "found another gone or silent" in message and "open the engine anew" in message
+
+
+class BreaksOff(LocalRunner):
+    """Fails before its first pass."""
+
+    def run(self, batch):
+        raise MemoryError
+
+
+def break_off_or_follow(rank, size, init_method):
+    """The leader fails on its own. The ranks' timeout is beyond that of the test."""
+    config = config_of()
+    with ranks_of(rank, size, init_method, timeout_s=600.0) as ranks:
+        local = (LocalRunner if rank else BreaksOff)(TINY, config, CPU, ranks)
+        if rank:
+            follower = Follower(local, ranks)
+            fill(follower.staging(), TINY, config, 1, rank, size)
+            follower.seal(1)
+            with pytest.raises(EnvironmentFault):
+                follower.follow()
+        else:
+            leader = LeaderRunner(local, ranks)
+            engine = Engine(TINY, config, SMALL, runner=leader)
+            fill(engine.staging(), TINY, config, 1, rank, size)
+            engine.commit(1)
+            add_requests(engine)
+            with pytest.raises(MemoryError):
+                engine.step()
+            leader.close()
+
+
+def test_a_leader_that_breaks_off_lets_the_others_go(tmp_path):
+    run_ranks(break_off_or_follow, 2, tmp_path)
 
 
 def command_or_sleep(rank, size, init_method):

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ class LeaderRunner:
         self.weights: dict[str, Tensor] = local.weights
         """Live storages of this rank; written in place only."""
         self.device: torch.device = local.device
+        self._is_midway = False
 
     def run(self, batch: Batch) -> Tensor:
         """Write the keys and values of ``batch`` on all ranks; return [M, V] fp32 logits.
@@ -61,8 +63,8 @@ class LeaderRunner:
         Raises:
             EnvironmentFault: a rank is gone or silent; the engine is of no further use.
         """
-        self._order(_Order("run", batch))
-        return self._local.run(batch)
+        with self._ordered(_Order("run", batch)):
+            return self._local.run(batch)
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """Return, per trajectory, [T] log-probs by one masked pass.
@@ -70,8 +72,8 @@ class LeaderRunner:
         Raises:
             EnvironmentFault: a rank is gone or silent; the engine is of no further use.
         """
-        self._order(_Order("score", trajectories))
-        return self._local.score(trajectories)
+        with self._ordered(_Order("score", trajectories)):
+            return self._local.score(trajectories)
 
     def agree(self, version: int) -> None:
         """Let all ranks take over ``version``, of which this one is ready; the others do so now.
@@ -81,20 +83,28 @@ class LeaderRunner:
             StaleWeightsError: another rank has not staged and sealed ``version``; likewise.
             EnvironmentFault: a rank is gone or silent; the engine is of no further use.
         """
-        self._order(_Order("take", version))
-        ballots = self._ranks.vote(_READY)
+        with self._ordered(_Order("take", version)):
+            ballots = self._ranks.vote(_READY)
         if any(ballots):
             raise _refusal(version, ballots)
 
     def close(self) -> None:
-        """Let the followers end. Silent if one is gone already."""
-        try:
-            self._order(_Order("stop"))
-        except EnvironmentFault:
-            return
+        """Let the followers end.
 
-    def _order(self, order: _Order) -> None:
+        Where this rank broke off in the middle of something, or another is gone, they are not
+        told: they wait for a part of it, and end as soon as this process leaves the group.
+        """
+        if not self._is_midway:
+            with suppress(EnvironmentFault), self._ordered(_Order("stop")):
+                pass
+
+    @contextmanager
+    def _ordered(self, order: _Order) -> Iterator[None]:
+        """Tell the followers what to do; the block is this rank's part of it."""
+        self._is_midway = True
         self._ranks.command(pickle.dumps(order, protocol=5))
+        yield
+        self._is_midway = False
 
 
 class Follower:
