@@ -265,7 +265,7 @@ class Scheduler:
         """Enter ``version`` with nothing: trees under way start from their prompts."""
         for tree in self.running:
             self._close(tree)
-        self.waiting = self.running + self.waiting
+        self.waiting = sorted(self.running + self.waiting, key=_age)
         self.running = []
         for tree in self.waiting:
             if tree.has_begun:

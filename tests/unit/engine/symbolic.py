@@ -49,12 +49,13 @@ class World:
 
     Args:
         config: pool size, concurrency, tokens per step.
+        scheduler_type: one with a planted defect, to see that it is found.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, scheduler_type: type[Scheduler] = Scheduler) -> None:
         self.config = config
         self.pool = SlotPool(config.num_kv_slots)
-        self.scheduler = Scheduler(self.pool, config)
+        self.scheduler = scheduler_type(self.pool, config)
         self.version = 0
         self.scheduler.enter(0)
         self.keys = np.zeros(config.num_kv_slots + 1, np.uint64)
