@@ -1,92 +1,28 @@
 """One engine over several processes: the tokens and log-probs of one process, weights that change
-on all ranks or on none, and an end within the deadline when a rank dies.
+on all ranks or on none.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from npr_megatron.config.engine import EngineConfig
-from npr_megatron.engine.compute.model import storage_layout
-from npr_megatron.engine.compute.quantised import quantising_reader
 from npr_megatron.engine.compute.ranks import Ranks
 from npr_megatron.engine.compute.runner import LocalRunner
 from npr_megatron.engine.compute.tensor_parallel import Follower, LeaderRunner
 from npr_megatron.engine.engine import Engine
-from npr_megatron.errors import DivergenceError, EnvironmentFault, StaleWeightsError
-from npr_megatron.records.trajectory import DecodeMode, FinishReason
-from npr_megatron.weights.layouts.served import Quantisation
-from npr_megatron.weights.storages import box_reader, load_tiles, tile_view
-from tests.distributed.harness import forks, run_ranks
-from tests.engines import (
-    TINY,
-    UNTIED,
-    drain,
-    random_weights,
-    request_for,
-    skeleton_of,
-    steered_weights,
-)
-from tests.structures import SMALL, WORDS
-from tests.unit.engine.test_decoding import PROMPT, RESPONSE
+from npr_megatron.errors import DivergenceError, StaleWeightsError
+from npr_megatron.records.trajectory import FinishReason
+from tests.distributed.engine_ranks import CPU, FP8, add_requests, config_of, fill, ranks_of
+from tests.distributed.harness import run_ranks
+from tests.engines import TINY, UNTIED
+from tests.structures import SMALL
 
-FP8 = UNTIED.model_copy(
-    update={"hidden_size": 128, "head_dim": 128, "intermediate_size": 256, "vocab_size": 48}
-)
-SKELETON = skeleton_of([*PROMPT, *RESPONSE], len(PROMPT), SMALL)
-CPU = torch.device("cpu")
 STEPS_PER_PUSH = 8
-
-
-def canonical(model, version):
-    """What a checkpoint holds; a head of its own speaks words only, so that trees grow to their
-    end."""
-    if model.tie_word_embeddings:
-        storages = random_weights(model, version)
-    else:
-        storages = steered_weights(model, version, WORDS)
-    parameters = {}
-    for tile in storage_layout(model).ranks[0].tiles:
-        parameters[tile.parameter] = tile_view(tile, storages)
-    return parameters
-
-
-def fill(storages, model, config, version, rank=0, size=1):
-    """Load a rank's shard of version ``version``, as from a checkpoint."""
-    read = box_reader(canonical(model, version))
-    if config.weights == "fp8":
-        read = quantising_reader(read, Quantisation.of(model))
-    load_tiles(storage_layout(model, size, config.weights).ranks[rank], read, storages)
-
-
-def config_of(weights="as_trained"):
-    return EngineConfig(
-        num_kv_slots=2048, debug_checks=True, kv_after_push="recompute", weights=weights
-    )
-
-
-def add_requests(engine):
-    """Trees of two forks whose words are sampled, and texts of plain sequential decoding."""
-    for seed in range(2):
-        engine.add(request_for(PROMPT, rollout=seed, seed=seed, max_new_tokens=120), SKELETON)
-        engine.add(
-            request_for(
-                PROMPT[seed:],
-                prompt_id="s",
-                rollout=seed,
-                seed=seed,
-                mode=DecodeMode.SEQUENTIAL,
-                max_new_tokens=20,
-            )
-        )
 
 
 def drain_with_pushes(engine, push):
@@ -115,14 +51,6 @@ def decode_alone(model, weights):
     add_requests(engine)
     finished = drain_with_pushes(engine, push)
     return finished, engine.score(finished)
-
-
-@contextmanager
-def ranks_of(rank, size, init_method, timeout_s=60.0, kind=Ranks):
-    torch.set_num_threads(1)
-    ranks = kind.join(rank, size, init_method, device=CPU, timeout_s=timeout_s)
-    yield ranks
-    ranks.leave()
 
 
 def commit_when_staged(engine, version):
@@ -306,112 +234,3 @@ def test_a_version_is_taken_over_by_all_ranks_or_by_none(tmp_path):
     assert "layers.1.o_proj.weight" in messages[4]
     assert "over version 1" in messages[5]
     assert not messages[1] and not messages[6]
-
-
-def lead_until_the_other_is_gone(init_method, fate, result):
-    """Rank 0: decode, send ``fate`` to rank 1 in the middle, write down how that ends."""
-    config = config_of()
-    with ranks_of(0, 2, init_method, timeout_s=2.0) as ranks:
-        engine = Engine(
-            TINY, config, SMALL, runner=LeaderRunner(LocalRunner(TINY, config, CPU, ranks), ranks)
-        )
-        fill(engine.staging(), TINY, config, 1, 0, 2)
-        other = ranks.vote(os.getpid())[1]
-        engine.commit(1)
-        add_requests(engine)
-        for _ in range(5):
-            engine.step()
-        os.kill(other, fate)
-        with pytest.raises(EnvironmentFault) as fault:
-            drain(engine)
-        result.write_text(str(fault.value))
-
-
-def follow_until_the_end(init_method):
-    """Rank 1."""
-    config = config_of()
-    with ranks_of(1, 2, init_method, timeout_s=2.0) as ranks:
-        follower = Follower(LocalRunner(TINY, config, CPU, ranks), ranks)
-        fill(follower.staging(), TINY, config, 1, 1, 2)
-        follower.seal(1)
-        ranks.vote(os.getpid())
-        follower.follow()
-
-
-@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_leader_whose_follower_dies_or_stops_says_so(fate, tmp_path):
-    rendezvous, result = f"file://{tmp_path}/rendezvous", tmp_path / "result"
-    follower = forks().Process(target=follow_until_the_end, args=(rendezvous,))
-    leader = forks().Process(target=lead_until_the_other_is_gone, args=(rendezvous, fate, result))
-    follower.start()
-    leader.start()
-    leader.join(60)
-    for process in (leader, follower):
-        process.kill()
-        process.join()
-    assert leader.exitcode == 0
-    message = result.read_text()
-    assert "found another gone or silent" in message and "open the engine anew" in message
-
-
-class BreaksOff(LocalRunner):
-    """Fails before its first pass."""
-
-    def run(self, batch):
-        raise MemoryError
-
-
-def break_off_or_follow(rank, size, init_method):
-    """The leader fails on its own. The ranks' timeout is beyond that of the test."""
-    config = config_of()
-    with ranks_of(rank, size, init_method, timeout_s=600.0) as ranks:
-        local = (LocalRunner if rank else BreaksOff)(TINY, config, CPU, ranks)
-        if rank:
-            follower = Follower(local, ranks)
-            fill(follower.staging(), TINY, config, 1, rank, size)
-            follower.seal(1)
-            with pytest.raises(EnvironmentFault):
-                follower.follow()
-        else:
-            leader = LeaderRunner(local, ranks)
-            engine = Engine(TINY, config, SMALL, runner=leader)
-            fill(engine.staging(), TINY, config, 1, rank, size)
-            engine.commit(1)
-            add_requests(engine)
-            with pytest.raises(MemoryError):
-                engine.step()
-            leader.close()
-
-
-def test_a_leader_that_breaks_off_lets_the_others_go(tmp_path):
-    run_ranks(break_off_or_follow, 2, tmp_path)
-
-
-def command_or_sleep(rank, size, init_method):
-    with ranks_of(rank, size, init_method, timeout_s=0.5) as ranks:
-        if rank:
-            time.sleep(2)
-            return None
-        with pytest.raises(EnvironmentFault) as fault:
-            ranks.command(b"an order")
-        return str(fault.value)
-
-
-def test_an_order_that_nobody_comes_to_take_is_not_waited_for(tmp_path):
-    message = run_ranks(command_or_sleep, 2, tmp_path)[0]
-    assert "a command was to be passed on" in message and "silent for 0.5 s" in message
-
-
-def test_a_follower_whose_leader_dies_ends(tmp_path):
-    """It waits for orders without a deadline, so it must notice."""
-    assert run_ranks(leave_or_follow, 2, tmp_path) == [None, True]
-
-
-def leave_or_follow(rank, size, init_method):
-    config = config_of()
-    with ranks_of(rank, size, init_method) as ranks:
-        if rank == 0:
-            return None
-        with pytest.raises(EnvironmentFault):
-            Follower(LocalRunner(TINY, config, CPU, ranks), ranks).follow()
-        return True
