@@ -201,6 +201,8 @@ class Scheduler:
         prefix = tree.prefix
         assert prefix is not None, "only running trees are filled"
         num_missing = len(prefix.token_ids) - prefix.num_ready
+        if num_missing and not plan.num_fill_tokens:
+            return
         if num_missing:
             rest = _take(_prompt_feed(prefix, prefix.num_ready, self._pool), plan)
             prefix.num_ready = len(prefix.token_ids) - (len(rest.token_ids) if rest else 0)
