@@ -42,7 +42,7 @@ def stream_on(row: int, token_id: int, position: int) -> Stream:
 
 def rows_of_lengths(pool: SlotPool, lengths: Sequence[int]) -> list[int]:
     """Open a row of each length, nothing shared."""
-    rows = [pool.open_row(None, length + 1) for length in lengths]
+    rows = [pool.open_row(None, length + 400) for length in lengths]
     for row, length in zip(rows, lengths, strict=True):
         if length:
             pool.append(row, length)
