@@ -119,6 +119,18 @@ def test_two_levels_equal_one_softmax_over_both(scale: float) -> None:
     torch.testing.assert_close(out.reshape(5, -1), expected, rtol=0, atol=2e-6)
 
 
+def test_two_levels_keep_bf16_as_one_softmax_does() -> None:
+    generator = torch.Generator().manual_seed(6)
+    queries = torch.randn(4, _NUM_KV, 2, _HEAD, generator=generator).bfloat16()
+    shared = torch.randn(40, 2 * _NUM_KV, _HEAD, generator=generator).bfloat16()
+    own = torch.randn(4, 5, 2 * _NUM_KV, _HEAD, generator=generator).bfloat16()
+    out = attend_two_levels(queries, shared, own, None)
+    read = torch.cat((shared.expand(4, -1, -1, -1), own), dim=1)
+    expected = _attend(queries.reshape(4, _NUM_Q, _HEAD), read, torch.full((4,), 45))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.reshape(4, -1).float(), expected, rtol=0, atol=2e-2)
+
+
 def test_both_ways_to_the_sum_of_exponentials_agree() -> None:
     generator = torch.Generator().manual_seed(4)
     queries, keys, values = (
