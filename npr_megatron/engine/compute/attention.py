@@ -101,14 +101,8 @@ def _attend(group: _Reading, queries: Tensor, cache: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=group.bias)
         return out.reshape(num_tokens, num_q * head)
     keys, values = read.transpose(1, 2).chunk(2, dim=1)
-    out = F.scaled_dot_product_attention(
-        queries.unflatten(0, (group.shape[0], -1)).transpose(1, 2),
-        keys,
-        values,
-        attn_mask=group.bias,
-        enable_gqa=num_q != num_kv,
-    )
-    flat = out.transpose(1, 2).reshape(-1, num_q * head)
+    runs = queries.unflatten(0, (group.shape[0], -1)).transpose(1, 2)
+    flat = _attend_runs(runs, keys, values, group.bias)
     return flat if group.kept is None else flat.index_select(0, group.kept)
 
 
@@ -123,17 +117,24 @@ class DenseAttention:
         self._visible = visible
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
-        num_rows, _, length, _ = self._visible.shape
-        num_q, head = queries.shape[1:]
-        num_kv = keys_values.shape[1] // 2
-        keys, values = (
-            keys_values.unflatten(0, (num_rows, length)).transpose(1, 2).split(num_kv, dim=1)
-        )
-        out = F.scaled_dot_product_attention(
-            queries.unflatten(0, (num_rows, length)).transpose(1, 2),
-            keys,
-            values,
-            attn_mask=self._visible,
-            enable_gqa=num_q != num_kv,
-        )
-        return out.transpose(1, 2).reshape(-1, num_q * head)
+        rows = (self._visible.shape[0], self._visible.shape[2])
+        keys, values = keys_values.unflatten(0, rows).transpose(1, 2).chunk(2, dim=1)
+        runs = queries.unflatten(0, rows).transpose(1, 2)
+        return _attend_runs(runs, keys, values, self._visible)
+
+
+def _attend_runs(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return [B * S, N * D] of queries [B, N, S, D] over keys and values [B, K, L, D].
+
+    Under a mask and with shared heads CUDA has but the backend that spells all scores out, so there
+    every query head gets a copy of its keys: for runs that is little against their scores.
+    FlexAttention would save the mask, some MiB a pass, and want a block mask made for every batch
+    and a compilation per shape; replays are too few to pay for that.
+    """
+    group = queries.shape[1] // keys.shape[1]
+    if queries.is_cuda and group > 1:
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    out = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1]
+    )
+    return out.transpose(1, 2).flatten(2).flatten(0, 1)
