@@ -31,6 +31,10 @@ RUN_ELSEWHERE = {
     '.venv/bin/npr generate runs/quickstart-seed0/stages/npr/hf "a:1+2+9;b:3+5+4;c:7+7+2?"': (
         "tests/end_to_end/test_runs.py"
     ),
+    ".venv/bin/npr generate runs/quickstart-seed0/stages/npr/hf --file problems.jsonl "
+    "--output answers.jsonl": "tests/end_to_end/test_generate.py",
+    'echo "a:1+2;b:3+4?" | .venv/bin/npr generate runs/quickstart-seed0/stages/npr/hf - '
+    "--samples 4 --temperature 1 --json": "tests/unit/cli/test_generate.py",
     ".venv/bin/npr weights convert runs/quickstart-seed0/stages/npr/hf megatron-npr "
     "--tp 2 --pp 2": "tests/end_to_end/test_runs.py",
     ".venv/bin/npr weights verify megatron-npr": "tests/end_to_end/test_runs.py",
