@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from npr_megatron.engine.compute.runner import Runner
-from npr_megatron.engine.compute.sampler import choose, log_totals
+from npr_megatron.engine.compute.sampler import choose
 from npr_megatron.engine.flow.segment import Segment
 from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.schedule.batch import assemble
@@ -32,14 +32,14 @@ def decode(plan: StepPlan, pool: SlotPool, runner: Runner, version: int) -> list
     logits_MV = runner.run(batch)
     if not len(logits_MV):
         return []
-    totals_M = log_totals(logits_MV)
-    tokens = choose(logits_MV[: len(sampled)], sampled)
+    tokens, totals_M = choose(logits_MV, sampled)
     known = [segment.token_ids[index] for segment, index in scored]
     labels_M = torch.tensor(tokens + known, dtype=torch.int64).to(logits_MV.device)
     logprobs = (logits_MV.gather(-1, labels_M[:, None])[:, 0] - totals_M).tolist()
-    for (segment, index), logprob in zip(scored, logprobs[len(sampled) :], strict=True):
-        segment.logprobs[index] = logprob
     lost = _without_distribution(totals_M)
+    for row, (segment, index) in enumerate(scored, start=len(sampled)):
+        if row not in lost:
+            segment.logprobs[index] = logprobs[row]
     for row, (stream, token_id) in enumerate(zip(sampled, tokens, strict=True)):
         # A sibling earlier in this step may have ended the trajectory.
         if stream.flow.finish is not None or row in lost:

@@ -134,7 +134,7 @@ def test_penalties_act_on_logits_as_transformers_processor_does(seed: int, penal
         scores = RepetitionPenaltyLogitsProcessor(penalty)(sequence, logits.clone())
         ends = torch.softmax(scores[0].double(), dim=-1).numpy().cumsum()
         point = uniforms(np.array([stream.key], np.uint64), np.array([stream.index], np.uint64))
-        (token,) = choose(logits, [stream])
+        (token,), _ = choose(logits, [stream])
         if (np.abs(ends - point) > BORDER).all():
             assert token == int(np.searchsorted(ends, point[0], side="right"))
         stream.place(token, forced=False, logprob=0.0, version=0)
@@ -146,7 +146,7 @@ def test_a_greedy_choice_is_penalised_too() -> None:
     request = request_for((1,), mode=DecodeMode.SEQUENTIAL, temperature=0.0)
     for penalty, token in ((1.2, int(expected)), (1.0, 1)):
         asked = dataclasses.replace(request, repetition_penalty=penalty)
-        assert choose(logits, [Flow(asked, Grammar(SMALL), SMALL.eos).trunk]) == [token]
+        assert choose(logits, [Flow(asked, Grammar(SMALL), SMALL.eos).trunk])[0] == [token]
     assert int(expected) == 2
 
 

@@ -82,6 +82,35 @@ class SamplingRows:
         return SamplingRows(self.shape[rows], self.uniforms[rows])
 
 
+def choose(logits_MV: Tensor, streams: Sequence[Stream]) -> tuple[list[int], Tensor]:
+    """Return one token per stream, and the log-sum-exp of every row.
+
+    Tokens are sampled under the stream's request, or its teacher's.
+
+    Args:
+        logits_MV: [M, V] fp32, row i of ``streams[i]``; rows behind them only get their total. Not
+            modified. A row of NaN gives some token and disturbs no other.
+
+    Returns:
+        The tokens, and [M] float64 as of :func:`log_totals`.
+    """
+    if not streams:
+        return [], log_totals(logits_MV)
+    rows, own_MV = SamplingRows.of(streams), logits_MV[: len(streams)]
+    scores_MV = penalised(own_MV, streams)
+    if rows.are_plain and scores_MV is own_MV:
+        drawn_M, totals_M = _draw_and_total(logits_MV, rows.uniforms)
+    else:
+        drawn_M, totals_M = draw(scores_MV, rows), log_totals(logits_MV)
+    tokens: list[int] = drawn_M.tolist()[: len(streams)]
+    for row, stream in enumerate(streams):
+        if stream.flow.teacher is not None:
+            segment = stream.segment
+            taught = stream.flow.teacher(segment.block, segment.branch, stream.index)
+            tokens[row] = tokens[row] if taught is None else taught
+    return tokens, totals_M
+
+
 def log_totals(logits_MV: Tensor) -> Tensor:
     """Return [M] float64 log-sum-exp: logits minus these are the policy's log-probs. NaN where a
     row is no distribution.
@@ -89,37 +118,38 @@ def log_totals(logits_MV: Tensor) -> Tensor:
     Good to 1e-7 whatever the size of logits and vocabulary; ``logsumexp`` in fp32 errs by 4e-6 and
     ``log_softmax`` by 9e-6 over 151,936 tokens, as much as trainer and engine may differ.
     """
-    step = _chunk_rows(logits_MV)
-    if step >= len(logits_MV):
-        return _log_totals(logits_MV)
-    return torch.cat([_log_totals(part) for part in logits_MV.split(step)])
+    parts: list[Tensor] = []
+    for chunk in _chunks(logits_MV):
+        weights_MV = torch.softmax(logits_MV[chunk], dim=-1)
+        top = weights_MV.amax(dim=-1)
+        total = _rounded(weights_MV).sum(dim=-1, dtype=torch.float64)
+        parts.append(_log_total(logits_MV[chunk], top, total))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _log_totals(logits_MV: Tensor) -> Tensor:
-    weights_MV = torch.softmax(logits_MV, dim=-1)
-    # Their common factor is as wrong as the sum that softmax took; the exact sum says how much.
-    top = weights_MV.amax(dim=-1).double()
-    total = _rounded(weights_MV).sum(dim=-1, dtype=torch.float64)
-    return logits_MV.amax(dim=-1).double() + (total / top).log()
-
-
-def choose(scores_MV: Tensor, streams: Sequence[Stream]) -> list[int]:
-    """Return one token per stream: sampled under its request, or its teacher's.
-
-    Args:
-        scores_MV: [M, V] fp32 logits, row i of ``streams[i]``; not modified. Log-probs give the
-            same draws, except under penalties. A row of NaN gives some token and disturbs no other.
+def _log_total(logits_MV: Tensor, top_M: Tensor, total_M: Tensor) -> Tensor:
+    """Return [M] from the largest and the exact sum of softmax's weights: their common factor is as
+    wrong as the sum that softmax took, and the exact sum says how much.
     """
-    if not streams:
-        return []
-    scores_MV = penalised(scores_MV, streams)
-    tokens: list[int] = draw(scores_MV, SamplingRows.of(streams)).tolist()
-    for row, stream in enumerate(streams):
-        if stream.flow.teacher is not None:
-            segment = stream.segment
-            taught = stream.flow.teacher(segment.block, segment.branch, stream.index)
-            tokens[row] = tokens[row] if taught is None else taught
-    return tokens
+    return logits_MV.amax(dim=-1).double() + (total_M / top_M.double()).log()
+
+
+def _draw_and_total(logits_MV: Tensor, uniforms_M: FloatRows) -> tuple[Tensor, Tensor]:
+    """Return :func:`draw` of plain rows and :func:`log_totals`, from one softmax.
+
+    Rows beyond the numbers given are drawn as well, for nobody.
+    """
+    numbers = np.zeros(len(logits_MV))
+    numbers[: len(uniforms_M)] = uniforms_M
+    drawn: list[Tensor] = []
+    totals: list[Tensor] = []
+    for chunk in _chunks(logits_MV):
+        weights_MV = torch.softmax(logits_MV[chunk], dim=-1)
+        top = weights_MV.amax(dim=-1)
+        tokens, total = _inverse_cdf(weights_MV, numbers[chunk])
+        drawn.append(tokens)
+        totals.append(_log_total(logits_MV[chunk], top, total))
+    return (drawn[0], totals[0]) if len(drawn) == 1 else (torch.cat(drawn), torch.cat(totals))
 
 
 def draw(scores_MV: Tensor, rows: SamplingRows) -> Tensor:
@@ -128,13 +158,11 @@ def draw(scores_MV: Tensor, rows: SamplingRows) -> Tensor:
     Args:
         scores_MV: [M, V] fp32 logits or log-probs; not modified.
     """
-    if rows.are_plain:
-        return _sample(scores_MV, rows, _plain_weights)
     is_greedy = rows.temperature == 0.0
     if is_greedy.all():
         return scores_MV.argmax(dim=-1)
     if not is_greedy.any():
-        return _sample(scores_MV, rows, _shaped_weights)
+        return _sample(scores_MV, rows)
     tokens_M = torch.empty(len(scores_MV), dtype=torch.int64, device=scores_MV.device)
     for members in (np.flatnonzero(is_greedy), np.flatnonzero(~is_greedy)):
         index = torch.from_numpy(members).to(scores_MV.device)
@@ -142,29 +170,23 @@ def draw(scores_MV: Tensor, rows: SamplingRows) -> Tensor:
     return tokens_M
 
 
-def _sample(
-    scores_MV: Tensor, rows: SamplingRows, weigh: Callable[[Tensor, SamplingRows], Tensor]
-) -> Tensor:
-    """Draw rows of which none is greedy, on a CPU in chunks that fit its cache."""
-    num_rows, step = len(scores_MV), _chunk_rows(scores_MV)
-    if step >= num_rows:
-        return _inverse_cdf(weigh(scores_MV, rows), rows.uniforms)
-    chunks = [slice(start, start + step) for start in range(0, num_rows, step)]
-    return torch.cat([_sample(scores_MV[chunk], rows.take(chunk), weigh) for chunk in chunks])
+def _sample(scores_MV: Tensor, rows: SamplingRows) -> Tensor:
+    """Draw rows of which none is greedy."""
+    parts = [
+        _inverse_cdf(_weights(scores_MV[chunk], rows.take(chunk)), rows.uniforms[chunk])[0]
+        for chunk in _chunks(scores_MV)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _chunk_rows(scores_MV: Tensor) -> int:
-    """Return how many rows to work on at once."""
+def _chunks(scores_MV: Tensor) -> list[slice]:
+    """Return the rows to work on together, on a CPU as many as fit its cache; never nothing."""
     num_rows, num_tokens = scores_MV.shape
-    return num_rows if scores_MV.is_cuda else max(1, _CHUNK // num_tokens)
+    step = max(1, num_rows if scores_MV.is_cuda else _CHUNK // num_tokens)
+    return [slice(start, start + step) for start in range(0, max(1, num_rows), step)]
 
 
-def _plain_weights(scores_MV: Tensor, _: SamplingRows) -> Tensor:
-    """Return [M, V] fp32 weights of the full distribution at temperature 1."""
-    return torch.softmax(scores_MV, dim=-1)
-
-
-def _shaped_weights(scores_MV: Tensor, rows: SamplingRows) -> Tensor:
+def _weights(scores_MV: Tensor, rows: SamplingRows) -> Tensor:
     """Return [M, V] fp32 weights, zero where filtered; their sum is at most about 1."""
     temperature, top_k, top_p, min_p = rows.shape.T
     if (temperature != 1.0).any():
@@ -252,9 +274,9 @@ def _first_beyond(ends: Tensor, point: Tensor) -> Tensor:
     return torch.searchsorted(ends, point, right=True).clamp_(max=ends.shape[-1] - 1)
 
 
-def _inverse_cdf(weights_MV: Tensor, uniforms_M: FloatRows) -> Tensor:
-    """Return the first token whose cumulative weight exceeds ``uniform * total``; its own weight is
-    never zero.
+def _inverse_cdf(weights_MV: Tensor, uniforms_M: FloatRows) -> tuple[Tensor, Tensor]:
+    """Return [M] the first token whose cumulative weight exceeds ``uniform * total``, whose own
+    weight is never zero, and [M] float64 the exact totals. Rounds the weights in place.
     """
     num_rows, num_tokens = weights_MV.shape
     exact, blocks = _rounded(weights_MV), None
@@ -269,8 +291,8 @@ def _inverse_cdf(weights_MV: Tensor, uniforms_M: FloatRows) -> Tensor:
     point = ends[:, -1:] * _column(np.minimum(uniforms_M, 1.0 - 2.0**-52), ends)
     found = _first_beyond(ends, point)
     if blocks is None:
-        return found[:, 0]
+        return found[:, 0], ends[:, -1]
     before = torch.where(found > 0, ends.gather(-1, (found - 1).clamp_(min=0)), 0.0)
     inside = blocks.gather(1, found[:, :, None].expand(-1, 1, _BLOCK))[:, 0]
     token = _first_beyond(inside.cumsum(dim=-1, dtype=torch.float64), point - before)
-    return (found * _BLOCK + token)[:, 0].clamp_(max=num_tokens - 1)
+    return (found * _BLOCK + token)[:, 0].clamp_(max=num_tokens - 1), ends[:, -1]

@@ -15,8 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npr_megatron.engine.compute.sampler import SamplingRows, draw, log_totals
-from tests.structures import QUICK
+from npr_megatron.engine.compute.sampler import SamplingRows, choose, draw, log_totals
+from npr_megatron.engine.flow.flow import Flow
+from npr_megatron.records.trajectory import DecodeMode
+from npr_megatron.schema.grammar import Grammar
+from tests.engines import request_for
+from tests.structures import QUICK, SMALL
 
 Shape = tuple[float, int, float, float]
 """Temperature, top-k, top-p, min-p."""
@@ -214,3 +218,31 @@ def test_a_total_is_the_same_in_any_company_and_nan_where_there_is_no_distributi
     assert (~found.isfinite()).nonzero()[:, 0].tolist() == [7, 8, 9]
     assert torch.equal(found[11:], together[11:])
     assert log_totals(logits[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("num_tokens", [9, 6000])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.8])
+def test_choosing_is_drawing_and_totalling_with_rows_to_spare(
+    num_tokens: int, temperature: float
+) -> None:
+    """Rows behind the streams are those of known tokens; draws and totals share a softmax."""
+    rng = np.random.default_rng(6)
+    logits = torch.from_numpy(rng.normal(0.0, 3.0, (60, num_tokens)).astype(np.float32))
+    requests = [
+        request_for((20,), seed=i, mode=DecodeMode.SEQUENTIAL, temperature=temperature)
+        for i in range(50)
+    ]
+    streams = [Flow(request, Grammar(SMALL), SMALL.eos).trunk for request in requests]
+    tokens, totals = choose(logits, streams)
+    assert tokens == draw(logits[:50], SamplingRows.of(streams)).tolist()
+    assert torch.equal(totals, log_totals(logits))
+    nothing, totals = choose(logits, [])
+    assert nothing == []
+    assert torch.equal(totals, log_totals(logits))
+    logits[3] = math.nan
+    others, totals = choose(logits, streams)
+    assert [t for i, t in enumerate(others) if i != 3] == [
+        t for i, t in enumerate(tokens) if i != 3
+    ]
+    assert (~totals.isfinite()).nonzero().tolist() == [[3]]
+    assert 0 <= others[3] < num_tokens
