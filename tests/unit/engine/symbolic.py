@@ -98,6 +98,12 @@ class World:
         for feed in self.scheduler.renew(self.version):
             self._compute([], [feed])
 
+    def keep(self) -> None:
+        """New weights over old keys: what is decoded then depends on when they came."""
+        self._end(self.scheduler.drop_finished())
+        self.version += 1
+        self.scheduler.enter(self.version)
+
     def step(self) -> None:
         scheduler = self.scheduler
         self._end(scheduler.drop_finished())
