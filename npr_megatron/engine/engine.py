@@ -106,9 +106,9 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` unless every slot is free or has exactly one owner."""
+        """Raise ``AssertionError`` unless every slot is free or held by one owner, who needs it."""
         self._pool.check_integrity()
-        self._scheduler.prefixes.check_integrity()
+        self._scheduler.check_integrity()
 
     def add(
         self,
@@ -159,7 +159,7 @@ class Engine:
             InputError: no unfinished request has this id.
         """
         tree = self._tree(request_id, "preempted")
-        if tree in self._scheduler.running:
+        if tree in self._scheduler.running and tree.flow.finish is None:
             self._scheduler.preempt(tree)
 
     def generate(

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from npr_megatron.engine.flow.ledger import Ledger
+from npr_megatron.engine.flow.ledger import Ledger, Usage
 from npr_megatron.engine.flow.segment import Segment, linearise
 from npr_megatron.records.randomness import branch_key
 from npr_megatron.records.request import GenerationRequest, RefusalPolicy
@@ -128,6 +128,16 @@ class Flow:
         key = branch_key(request.seed, 0, 0)
         self.trunk = Stream(self, self.segments[0], self.grammar.start, key)
         self.decoding = [self.trunk]
+
+    @property
+    def usage(self) -> Usage:
+        """The three numbers of the ledger; a suspended flow holds no keys and values, but needs
+        them.
+        """
+        prompt_length, total = len(self.request.prompt_ids), self.ledger.total
+        num_unfed = len(self.decoding) + len(self._due)
+        path = self.cursor.position - prompt_length
+        return Usage(total, path, prompt_length + total - num_unfed)
 
     @property
     def is_due(self) -> bool:

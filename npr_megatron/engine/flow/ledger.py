@@ -2,8 +2,7 @@
 
     total           generated tokens over all branches, forced ones included
     critical path   generated positions: the longest path through forks and joins
-    resident KV     slots its rows own (``schedule.tree``): never more than the total plus one,
-                    the prompt's other tokens being shared
+    resident KV     tokens whose keys and values are needed: all but the last of each open stream
 
 The released engine charges (number of plans) x (length) in advance, which strands runs in their
 first block; here a token is charged when it is placed. A forced run (a separator, a set of headers)
@@ -12,7 +11,18 @@ is charged as a whole or not at all.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from npr_megatron.records.trajectory import FinishReason
+
+
+class Usage(NamedTuple):
+    """What a trajectory has taken so far [tokens]."""
+
+    total: int
+    critical_path: int
+    resident_kv: int
+    """The prompt's included, which rollouts of one prompt hold together."""
 
 
 class Ledger:

@@ -127,6 +127,15 @@ class Scheduler:
         """Share no prompt computed so far with requests to come."""
         self.prefixes.enter(self._version)
 
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` unless prompts and trees hold what they need, and no more."""
+        self.prefixes.check_integrity()
+        for tree in self.running:
+            held, needed = tree.num_slots(self._pool), tree.flow.usage.resident_kv
+            if held != needed:
+                request_id = tree.flow.request.request_id
+                raise AssertionError(f"request {request_id} holds {held} slots, needs {needed}")
+
     # One step
 
     def plan(self) -> StepPlan:

@@ -89,6 +89,12 @@ class Tree:
         self.prefix = self.replay = None
         self.is_filling = False
 
+    def num_slots(self, pool: SlotPool) -> int:
+        """Return how many slots hold the keys and values of an open tree, its prompt's included."""
+        branches = self.flow.branches
+        num_own = sum(len(pool.read_own(branch.row)) for branch in branches)
+        return int(pool.length[self.flow.trunk.row]) + num_own
+
     def remember(self, pool: SlotPool) -> None:
         """Note what is to be computed again, before the tree is closed to go on later."""
         streams = [self.flow.trunk, *self.flow.branches]
