@@ -78,7 +78,7 @@ def assemble(
     last_T2 = np.array(last, np.int64).reshape(-1, 2)[order]
     token_ids, position_ids, slots = [last_T2[:, 0]], [last_T2[:, 1]], [own_slots]
     # Attention wants rows sorted by length, results are wanted in the order given.
-    sampled, logit_index = list(streams), np.argsort(order).tolist()
+    sampled, logit_index = list(streams), [np.argsort(order)]
     scored: list[tuple[Segment, int]] = []
     scored_index: list[int] = []
     last_index: dict[Stream, int] = {}
@@ -97,13 +97,14 @@ def assemble(
     # Buckets mix the branches of a fork, whose samples are taken in the order of the branches.
     opened = [feed.sampled for feed in feeds if feed.sampled is not None]
     sampled += opened
-    logit_index += [last_index[stream] for stream in opened]
+    if feeds:
+        logit_index.append(np.array([last_index[s] for s in opened] + scored_index, np.int64))
     batch = Batch(
         token_ids=np.concatenate(token_ids),
         position_ids=np.concatenate(position_ids),
         slots=np.concatenate(slots, dtype=np.int64),
         groups=groups,
-        logit_index=np.array(logit_index + scored_index, np.int64),
+        logit_index=np.concatenate(logit_index),
     )
     return batch, sampled, scored
 

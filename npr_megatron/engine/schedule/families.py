@@ -42,8 +42,9 @@ class _Beginning(NamedTuple):
 
 def find_families(rows: IndexArray, pool: SlotPool) -> Families:
     """Return the families among distinct open ``rows`` that save the most reads."""
-    labels = np.zeros(len(rows), dtype=np.int64)
-    num_shared = [0]
+    labels, num_shared = np.zeros(len(rows), dtype=np.int64), [0]
+    if len(rows) < 2:
+        return Families(labels, num_shared)
     saved_by_row = np.zeros(len(rows))
     for length, members, num_saved in _beginnings(rows, pool):
         if num_saved < saved_by_row[members].sum() + MIN_SAVED_READS:
@@ -59,7 +60,7 @@ def _beginnings(rows: IndexArray, pool: SlotPool) -> list[_Beginning]:
     places: list[IndexArray] = []
     lent, lender = pool.own_start[rows], pool.parent[rows]
     # A row further up lends less, so the search ends where even all rows together save too little.
-    while len(rows) > 1 and (len(rows) - 1) * int(lent.max()) >= MIN_SAVED_READS:
+    while (len(rows) - 1) * int(lent.max()) >= MIN_SAVED_READS:
         places.append((lender << 32) + lent)
         has_lender = lender != NO_PARENT
         lent = np.where(has_lender, np.minimum(lent, pool.own_start[lender]), 0)
