@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from npr_megatron.engine.compute.attention import DenseAttention
+from npr_megatron.engine.compute.cdf import log_totals
 from npr_megatron.engine.compute.model import EngineModel
-from npr_megatron.engine.compute.sampler import log_totals
 from npr_megatron.records.trajectory import FloatArray, Trajectory
 from npr_megatron.topology.layout import predecessors
 from npr_megatron.topology.visibility import dense_mask

@@ -15,7 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npr_megatron.engine.compute.sampler import SamplingRows, choose, draw, log_totals
+from npr_megatron.engine.compute.cdf import log_totals
+from npr_megatron.engine.compute.sampler import SamplingRows, choose, draw
 from npr_megatron.engine.flow.flow import Flow
 from npr_megatron.records.trajectory import DecodeMode
 from npr_megatron.schema.grammar import Grammar
