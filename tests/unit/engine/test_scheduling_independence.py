@@ -50,7 +50,6 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "permuted": {"order": 1},
     "permuted, eight at a time": {"order": 2, "max_running": 8},
     "waves": {"max_streams": 5},
-    "few tokens per step": {"max_step_tokens": 8},
     "preempted": {"preempted_every": 2},
     "a pool for one": {"num_kv_slots": LARGEST_NEED},
     "a pool for a few": {"num_kv_slots": 320},
