@@ -12,7 +12,6 @@ from npr_megatron.schema.render import BlockTexts, render
 from npr_megatron.topology.layout import layout_of, predecessors
 from tests.engines import (
     UNTIED,
-    drain,
     request_for,
     run_one,
     skeleton_of,
@@ -139,33 +138,6 @@ def test_sequential_decoding_is_plain_text_up_to_the_end_token() -> None:
     assert trajectory.position_ids.tolist() == list(range(len(PROMPT) + len(RESPONSE)))
     assert not trajectory.block.any()
     assert not trajectory.forced[len(PROMPT) :].any()
-
-
-@pytest.mark.parametrize("mode", list(DecodeMode))
-@pytest.mark.parametrize("max_running", [1, 8])
-def test_samples_do_not_depend_on_what_else_is_running(mode: DecodeMode, max_running: int) -> None:
-    # Margins: a uniform number would have to fall within float noise (1e-6) of a bound; these seeds
-    # do not.
-    def samples(max_running: int) -> list[list[int]]:
-        engine = tiny_engine(
-            model=UNTIED,
-            weights=steered_weights(UNTIED, 3, WORDS, margin=30.0),
-            max_running=max_running,
-        )
-        for seed in range(24):
-            teacher = None
-            if mode is DecodeMode.PARALLEL:
-                teacher = skeleton_of([*PROMPT, *RESPONSE], len(PROMPT), SMALL)
-            request = request_for(
-                PROMPT, rollout=seed, seed=seed, mode=mode, max_new_tokens=40 + 2 * seed
-            )
-            engine.add(request, teacher)
-        finished = {t.rollout: t.token_ids.tolist() for t in drain(engine)}
-        return [finished[seed] for seed in range(24)]
-
-    together = samples(64)
-    assert samples(max_running) == together
-    assert len({tuple(ids) for ids in together}) == 24
 
 
 def test_equal_plans_in_sibling_branches_get_different_random_streams() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -191,49 +189,6 @@ def test_prompts_longer_than_one_pass_are_filled_in_pieces() -> None:
     np.testing.assert_allclose(
         trajectory.logprobs, engine.score([trajectory])[0], atol=1e-5, rtol=0
     )
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_a_tiny_pool_survives_random_arrivals_aborts_and_commits(seed: int) -> None:
-    """``debug_checks`` verifies the slot partition after every step."""
-    rng = random.Random(seed)
-    engine = tiny_engine(num_kv_slots=rng.randint(140, 400), max_running=rng.randint(1, 8))
-    unfinished: set[str] = set()
-    finished: dict[str, Trajectory] = {}
-    version = 0
-    for number in range(120):
-        if number < 80 and rng.random() < 0.4:
-            prompt = rng.choice([PROMPT, PROMPT[:2], (20,), (33, *PROMPT)])
-            request = request_for(
-                prompt,
-                rollout=number,
-                seed=number,
-                mode=rng.choice(list(DecodeMode)),
-                max_new_tokens=rng.randint(1, 120),
-                max_critical_path=rng.randint(1, 80),
-            )
-            engine.add(request, rng.choice([None, TEACHER, TEACHER]))
-            unfinished.add(request.request_id)
-        if unfinished and rng.random() < 0.08:
-            engine.abort(rng.choice(sorted(unfinished)))
-        if rng.random() < 0.08:
-            version += 1
-            commit(engine, seed=version, version=version)
-        for trajectory in engine.step():
-            unfinished.remove(f"p#{trajectory.rollout}")
-            finished[f"p#{trajectory.rollout}"] = trajectory
-    for trajectory in drain(engine):
-        unfinished.remove(f"p#{trajectory.rollout}")
-        finished[f"p#{trajectory.rollout}"] = trajectory
-    assert not unfinished
-    assert engine.stats().num_kv_slots_held == 0
-    reasons = {trajectory.finish for trajectory in finished.values()}
-    assert len(reasons) >= 3
-    for trajectory in finished.values():
-        for used in set(trajectory.weight_versions.tolist()) - {-1}:
-            expected = tiny_engine(seed=used).score([trajectory])[0]
-            mine = trajectory.weight_versions == used
-            np.testing.assert_allclose(trajectory.logprobs[mine], expected[mine], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("num_kv_slots", [68, 72, 80])
