@@ -73,8 +73,8 @@ def inverse_cdf(weights_MV: Tensor, uniforms_M: FloatRows) -> tuple[Tensor, Tens
             exact = pad(exact, (0, -num_tokens % _BLOCK))
         blocks = exact.view(num_rows, -1, _BLOCK)
         ends = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    # At 1 - 2^-53 the product could round up to the total, which selects a token of no weight.
-    point = ends[:, -1:] * column(np.minimum(uniforms_M, 1.0 - 2.0**-52), ends)
+    # Never the total itself: times 1 - 2^-53, the largest number below 1, every float64 gets less.
+    point = ends[:, -1:] * column(uniforms_M, ends)
     found = _first_beyond(ends, point)
     if blocks is None:
         return found[:, 0], ends[:, -1]
