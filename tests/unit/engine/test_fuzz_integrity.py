@@ -277,3 +277,35 @@ def test_no_slot_and_no_request_is_lost(first: int) -> None:
     assert sum(s.num_preemptions for s in stats) > SEEDS_PER_TEST
     assert sum(s.num_cached_prompt_tokens for s in stats) > SEEDS_PER_TEST
     assert sum(t.branch.max() > 1 for case in cases for t in case.finished) > SEEDS_PER_TEST / 2
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 9, 15, 22])
+def test_a_slot_that_breaks_fails_the_one_request_that_reads_it(num_steps: int) -> None:
+    requests = [
+        request_for((20 + number, 21, 22), rollout=number, seed=number, max_new_tokens=100)
+        for number in range(6)
+    ]
+    config = EngineConfig(num_kv_slots=2048, debug_checks=True)
+    runner = SpoiltRunner(TINY, config)
+    engine = Engine(TINY, config, SMALL, runner=runner)
+    engine.load(weights_of(0))
+    quiet = engine.generate(requests)
+    for request in requests:
+        engine.add(request)
+    finished: dict[int, Trajectory] = {}
+    for number in range(500):
+        if number == num_steps:
+            runner.spoil_with = random.Random(num_steps)
+        finished |= {trajectory.rollout: trajectory for trajectory in engine.step()}
+        if not engine.num_unfinished:
+            break
+    failed = [t.rollout for t in finished.values() if t.finish is FinishReason.FAILED]
+    assert len(failed) == 1
+    for expected in quiet:
+        found = finished[expected.rollout]
+        if expected.rollout in failed:
+            assert found.num_tokens < expected.num_tokens
+            continue
+        assert found.finish is expected.finish
+        np.testing.assert_array_equal(found.token_ids, expected.token_ids)
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=ROUNDING, rtol=0)
