@@ -25,13 +25,9 @@ from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.memory.prefixes import Prefix, PrefixCache
 from npr_megatron.engine.schedule.feed import Feed
 from npr_megatron.engine.schedule.tree import Tree
-from npr_megatron.records.trajectory import FinishReason
 
 _LEAST_FEED_TOKENS = 32
 """Prompts and replays advance by so much per step however many streams decode."""
-
-_CUT_SHORT = {FinishReason.ABORTED, FinishReason.TIMEOUT, FinishReason.FAILED}
-"""Ends that tell nothing about the length of a trajectory."""
 
 
 @dataclass(slots=True)
@@ -108,7 +104,7 @@ class Scheduler:
         ended = [tree for tree in self.running if tree.flow.finish is not None]
         for tree in ended:
             flow = tree.flow
-            if flow.finish not in _CUT_SHORT:
+            if flow.finish is not None and flow.finish.is_of_policy:
                 self._estimate.observe(flow.ledger.total, flow.request.max_new_tokens)
             self.running.remove(tree)
             self._close(tree)
