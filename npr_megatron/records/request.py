@@ -48,7 +48,7 @@ class GenerationRequest:
     top_p: float = 1.0
     """Nucleus mass: the likeliest tokens that together reach it, in (0, 1]; 1.0 keeps all."""
     top_k: int = 0
-    """Only so many of the likeliest tokens; 0 keeps all."""
+    """Only so many of the likeliest tokens, and those as likely as the last one; 0 keeps all."""
     min_p: float = 0.0
     """Only tokens at least so likely, as a share of the likeliest one, in [0, 1]; 0.0 keeps all."""
     repetition_penalty: float = 1.0
