@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npr_megatron.engine.engine import Engine
+from npr_megatron.errors import DivergenceError
 from npr_megatron.records.request import GenerationRequest
-from npr_megatron.records.trajectory import Trajectory
+from npr_megatron.records.trajectory import FinishReason, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,4 +55,6 @@ def measure_speed(
 def _timed(engine: Engine, request: GenerationRequest) -> tuple[Trajectory, float]:
     started = time.perf_counter()
     (trajectory,) = engine.generate([request])
+    if trajectory.finish is FinishReason.FAILED:
+        raise DivergenceError(f"speed cannot be measured: {trajectory.finish_detail}")
     return trajectory, time.perf_counter() - started
