@@ -13,12 +13,12 @@ see the old policy (``tests/unit/engine/test_cuda.py``).
 Other threads may stage weights on the device while a graph is captured, so only calls of this
 thread are held to the rules of capture.
 
-Numerics: a replay runs the kernels that the eager pass on the same bucket runs, and agrees with it
-bit for bit. Other buckets and the ragged pass take other kernels and other orders of summation, and
-in bf16 that shows. So on CUDA, other than on a CPU in fp32, which requests share a step may change
-a sampled token, and a schedule is not promised to reproduce another one's text. Logits leave the
-model as fp32, and log-sum-exp, sampling weights and recorded log-probs are computed from them in
-fp32 or wider, on every path.
+Numerics: a replay runs the kernels that the eager pass on the same bucket runs, and the tests hold
+it to the same bits. Other buckets and the ragged pass take other kernels and other orders of
+summation, and in bf16 that shows. So on CUDA, other than on a CPU in fp32, which requests share a
+step may change a sampled token, and a schedule is not promised to reproduce another one's text.
+Logits leave the model as fp32, and log-sum-exp, sampling weights and recorded log-probs are
+computed from them in fp32 or wider, on every path.
 """
 
 from __future__ import annotations
