@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from npr_megatron.engine.compute.runner import Runner
 from npr_megatron.engine.compute.sampler import choose
@@ -36,7 +36,8 @@ def decode(plan: StepPlan, pool: SlotPool, runner: Runner, version: int) -> list
     known = [segment.token_ids[index] for segment, index in scored]
     labels_M = torch.tensor(tokens + known, dtype=torch.int64).to(logits_MV.device)
     logprobs = (logits_MV.gather(-1, labels_M[:, None])[:, 0] - totals_M).tolist()
-    lost = _without_distribution(totals_M)
+    # One NaN among a row's logits makes its sum NaN, and so the log-prob of any token.
+    lost = {row for row, logprob in enumerate(logprobs) if not math.isfinite(logprob)}
     for row, (segment, index) in enumerate(scored, start=len(sampled)):
         if row not in lost:
             segment.logprobs[index] = logprobs[row]
@@ -51,7 +52,7 @@ def decode(plan: StepPlan, pool: SlotPool, runner: Runner, version: int) -> list
     if not lost:
         return []
     segments = [stream.segment for stream in sampled] + [segment for segment, _ in scored]
-    return [segments[row] for row in lost]
+    return [segments[row] for row in sorted(lost)]
 
 
 def recompute(feeds: Sequence[Feed], pool: SlotPool, runner: Runner, max_tokens: int) -> None:
@@ -62,9 +63,3 @@ def recompute(feeds: Sequence[Feed], pool: SlotPool, runner: Runner, max_tokens:
             piece, rest = rest.take(max_tokens)
             batch, _, _ = assemble([], [piece], pool)
             runner.run(batch)
-
-
-def _without_distribution(totals_M: Tensor) -> list[int]:
-    """Return the rows whose log-sum-exp is not finite: one NaN among the logits makes it NaN."""
-    is_lost_M = ~totals_M.isfinite()
-    return is_lost_M.nonzero()[:, 0].tolist() if bool(is_lost_M.any()) else []
