@@ -1,9 +1,9 @@
 """Measure NPR Engine: each promise as a ratio of two measurements of one run, with its bar.
 
-What is compared runs in turns in one process on one thread, by CPU time; SGLang has processes of
-its own, so there both sides are taken by elapsed time on the same core. A ratio survives a busy
-machine, absolute times do not. The model is tiny (3 layers, hidden 128, vocabulary 512, fp32,
-random), so that what an engine adds to it shows.
+What is compared runs in turns on one thread and is taken by CPU time; SGLang has processes of its
+own, of which the one that computes counts. A ratio survives a busy machine, absolute times do not.
+The model is tiny (3 layers, hidden 128, vocabulary 512, fp32, random), so that what an engine adds
+to it shows.
 
 ``parallel``
     Native parallel decoding of a response against decoding the same tokens one after another, at

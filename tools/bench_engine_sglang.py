@@ -26,7 +26,7 @@ class Taken(NamedTuple):
 
     wall_s: float
     cpu_s: float
-    """Of all processes."""
+    """Of the process that computes."""
 
 
 class SglangServer:
@@ -71,6 +71,9 @@ class SglangServer:
         os.close(other_end)
         self._answers = os.fdopen(answers)
         self._answer()
+        (self._computing,) = (
+            process for process in self._processes() if "scheduler" in process.cmdline()[0]
+        )
         self._freeze()
 
     def serve(self, workload: Workload) -> Taken:
@@ -114,8 +117,8 @@ class SglangServer:
         return [worker, *worker.children(recursive=True)]
 
     def _cpu_s(self) -> float:
-        times = [process.cpu_times() for process in self._processes()]
-        return sum(taken.user + taken.system for taken in times)
+        times = self._computing.cpu_times()
+        return times.user + times.system
 
     def _freeze(self) -> None:
         """Its scheduler asks for work all the time, which would disturb who is measured next."""

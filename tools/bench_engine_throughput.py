@@ -62,9 +62,11 @@ def workloads(batch: int, longest: int) -> dict[str, Workload]:
 def sglang_figures(
     subject: Subject, folder: Path, python: Path, batches: Sequence[int], longest: int, repeats: int
 ) -> list[Figure]:
-    """SGLang, with or without its overlapped scheduler, whichever is faster, by elapsed time.
+    """SGLang, with or without its overlapped scheduler, whichever is faster.
 
-    Both compute on the same core; what else SGLang does has the other cores.
+    By the CPU time of the process that computes. It never sleeps while there are requests, and has
+    one core: on a machine with nothing else to do this is the elapsed time, without what passes
+    between its processes. Elapsed times, which a busy machine spoils, are in the detail.
     """
     figures: list[Figure] = []
     for batch in batches:
@@ -77,14 +79,12 @@ def sglang_figures(
             runs = [partial(_timed_serve, engine), plain.serve, overlapped.serve]
             workload = workloads(batch, longest)["spread"]
             ours, *theirs = _in_turns(runs, workload, repeats)
-        detail = f"{workload.num_tokens / ours.wall_s:.0f} tokens/s; "
-        detail += "overlap off {:.2f}, on {:.2f}; ".format(
-            *(t.wall_s / ours.wall_s for t in theirs)
-        )
-        detail += f"by CPU time {min(t.cpu_s for t in theirs) / ours.cpu_s:.2f}"
-        ratio = min(t.wall_s for t in theirs) / ours.wall_s
+        off, on = (taken.cpu_s / ours.cpu_s for taken in theirs)
+        elapsed = min(taken.wall_s for taken in theirs) / ours.wall_s
+        detail = f"{workload.num_tokens / ours.cpu_s:.0f} tokens/s; "
+        detail += f"overlap off {off:.2f}, on {on:.2f}; elapsed {elapsed:.2f}"
         name = f"tokens/s / SGLang, batch {batch}, spread lengths"
-        figures.append(Figure(name, ratio, "x", 1.5, False, detail))
+        figures.append(Figure(name, min(off, on), "x", 1.5, False, detail))
     return figures
 
 
