@@ -159,6 +159,7 @@ def decode(
     else:
         request_ids = [f"p#{number}" for number in range(len(structures))]
         finished = drain_preempting(engine, request_ids, preempted_every)
+        assert engine.stats().num_preemptions > len(structures)
     assert_nothing_is_left(engine)
     return sorted(finished, key=lambda trajectory: trajectory.rollout)
 
