@@ -24,19 +24,19 @@ def derive_seed(*names: str | int) -> int:
 
 def branch_key(seed: int, block: int, branch: int) -> int:
     """Return the key of one branch (0, 0 for the trunk) of the request keyed by ``seed``."""
-    return int(_mix(np.uint64(seed) ^ _mix(np.uint64(block << 20 | branch))))
+    place = np.array([block << 20 | branch], dtype=np.uint64)
+    return int(_mix(np.uint64(seed) ^ _mix(place))[0])
 
 
 def uniforms(keys: UInt64Array, counters: UInt64Array) -> npt.NDArray[np.float64]:
     """Return one number in [0, 1) per (key, counter) pair; equal pairs give equal numbers."""
-    with np.errstate(over="ignore"):
-        bits = _mix(keys + counters * _GAMMA)
+    bits = _mix(keys + counters * _GAMMA)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix(value: npt.NDArray[np.uint64] | np.uint64) -> npt.NDArray[np.uint64]:
-    with np.errstate(over="ignore"):
-        z = np.asarray(value, dtype=np.uint64) + _GAMMA
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+def _mix(value: UInt64Array) -> UInt64Array:
+    """Mix each number; arrays wrap around silently, which single numbers would not."""
+    z = value + _GAMMA
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

@@ -63,6 +63,13 @@ class GenerationRequest:
     """Seconds from ``Engine.add`` to the end; what is written by then is returned. None waits."""
 
     @property
+    def draws_from_policy(self) -> bool:
+        """Whether nothing shapes the draw: temperature 1, no filter, no penalty."""
+        filters = (self.top_k, self.top_p, self.min_p)
+        penalties = (self.repetition_penalty, self.step_repetition_penalty)
+        return self.temperature == 1.0 and filters == (0, 1.0, 0.0) and penalties == (1.0, 1.0)
+
+    @property
     def request_id(self) -> str:
         """Unique within one batch of requests."""
         return f"{self.prompt_id}#{self.rollout}"

@@ -25,9 +25,6 @@ from npr_megatron.engine.compute.penalties import penalised
 from npr_megatron.engine.flow.flow import Stream
 from npr_megatron.records.randomness import uniforms
 
-_PLAIN = {(1.0, 0, 1.0, 0.0, 1.0, 1.0)}
-"""Temperature, top-k, top-p, min-p and penalties of a draw from the policy itself."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SamplingRows:
@@ -69,7 +66,7 @@ def choose(logits_MV: Tensor, streams: Sequence[Stream]) -> tuple[list[int], Ten
     """
     if not streams:
         return [], log_totals(logits_MV)
-    if _are_plain(streams):
+    if all(stream.flow.draws_from_policy for stream in streams):
         drawn_M, totals_M = _draw_and_total(logits_MV, _next_numbers(streams))
     else:
         scores_MV = penalised(logits_MV[: len(streams)], streams)
@@ -81,22 +78,6 @@ def choose(logits_MV: Tensor, streams: Sequence[Stream]) -> tuple[list[int], Ten
             taught = stream.flow.teacher(segment.block, segment.branch, stream.index)
             tokens[row] = tokens[row] if taught is None else taught
     return tokens, totals_M
-
-
-def _are_plain(streams: Sequence[Stream]) -> bool:
-    """Whether each draw is from the full distribution at temperature 1, without penalties."""
-    requests = [stream.flow.request for stream in streams]
-    return {
-        (
-            r.temperature,
-            r.top_k,
-            r.top_p,
-            r.min_p,
-            r.repetition_penalty,
-            r.step_repetition_penalty,
-        )
-        for r in requests
-    } == _PLAIN
 
 
 def _next_numbers(streams: Sequence[Stream]) -> FloatRows:

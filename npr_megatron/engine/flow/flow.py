@@ -111,6 +111,8 @@ class Flow:
     """Streams between fork and join, closed ones included."""
     segments: list[Segment] = field(init=False)
     """In order of creation: the trunk from the prompt on, branch 1, branch 2, ..., trunk."""
+    draws_from_policy: bool = field(init=False)
+    """Whether tokens are drawn from the full distribution at temperature 1."""
     _due: list[Stream] = field(default_factory=list)
     """Streams whose next token is dictated."""
     _fork_state: State = field(init=False)
@@ -125,6 +127,7 @@ class Flow:
         self.segments = [Segment.of_prompt(request.prompt_ids)]
         self._fork_state = self.grammar.start
         self._is_plain = request.mode is DecodeMode.SEQUENTIAL
+        self.draws_from_policy = request.draws_from_policy
         key = branch_key(request.seed, 0, 0)
         self.trunk = Stream(self, self.segments[0], self.grammar.start, key)
         self.decoding = [self.trunk]
