@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from npr_megatron.engine.events import FinishEvent
 from npr_megatron.errors import InputError
 from npr_megatron.observability.metrics import drop_unfinished_line, read_json_lines
 from npr_megatron.records.request import GenerationRequest
-from npr_megatron.records.trajectory import FinishReason, Trajectory
+from npr_megatron.records.trajectory import FinishReason
 from npr_megatron.report.outline import Box, outline
 
 
@@ -22,17 +23,16 @@ def key_of(model_folder: Path, request: GenerationRequest) -> str:
     return hashlib.blake2b(json.dumps(fields).encode(), digest_size=12).hexdigest()
 
 
-def answer_line(
-    key: str, question: str, trajectory: Trajectory, pieces: Sequence[str]
-) -> dict[str, Any]:
+def answer_line(key: str, question: str, end: FinishEvent, pieces: Sequence[str]) -> dict[str, Any]:
     """Return the record of one answer.
 
     Args:
         key: see :func:`key_of`.
         question: as it was asked; the prompt around it is part of the trajectory.
-        trajectory: [T] tokens with places, log-probs and weight versions.
+        end: its trajectory of T tokens, and what it has taken.
         pieces: [T] decoded string of each token.
     """
+    trajectory = end.trajectory
     stop = -1 if trajectory.finish is FinishReason.STOP else None  # without the end token
     return {
         "id": trajectory.prompt_id,
@@ -43,6 +43,7 @@ def answer_line(
         "finish_detail": trajectory.finish_detail,
         "total_tokens": trajectory.num_tokens,
         "critical_path_tokens": trajectory.critical_path_tokens,
+        "resident_kv_tokens": end.usage.resident_kv,
         "outline": [_box(box) for box in outline(trajectory, pieces)[1:]],
         "key": key,
         "trajectory": trajectory.to_json(),

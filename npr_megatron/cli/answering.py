@@ -71,7 +71,7 @@ def _answer(order: AnswerOrder, task: Task, file: AnswerFile | None, as_json: bo
             trajectory = event.trajectory
             pieces = task.tokenizer.pieces(trajectory.token_ids)
             question = order.questions[trajectory.prompt_id]
-            line = answer_line(keys[event.request_id], question, trajectory, pieces)
+            line = answer_line(keys[event.request_id], question, event, pieces)
             if file is not None:
                 file.write(line)
             if as_json:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npr_megatron.engine.flow.flow import Flow
+from npr_megatron.engine.flow.ledger import Usage
 from npr_megatron.engine.flow.segment import Segment
 from npr_megatron.records.trajectory import Trajectory
 
@@ -70,6 +71,8 @@ class FinishEvent:
 
     request_id: str
     trajectory: Trajectory
+    usage: Usage
+    """What it has taken. Nothing is given back before the end, so this is the most it ever held."""
 
 
 Event = TokenEvent | ForkEvent | JoinEvent | RestartEvent | FinishEvent
@@ -117,7 +120,7 @@ class Watcher:
         self._tell_stages(flow, events)
         if flow.finish is not None:
             self._is_finished = True
-            events.append(FinishEvent(request_id, flow.trajectory()))
+            events.append(FinishEvent(request_id, flow.trajectory(), flow.usage))
         return events
 
     def _tell_stages(self, flow: Flow, events: list[Event]) -> None:

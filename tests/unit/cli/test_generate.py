@@ -134,6 +134,7 @@ def test_json_lines_hold_text_outline_lengths_and_log_probs(npr, model):
     assert line["total_tokens"] == trajectory.num_tokens == NUM_POSITIONS // 2
     assert line["critical_path_tokens"] == trajectory.critical_path_tokens
     assert all(trajectory.logprobs[trajectory.prompt_length :] < 0)
+    assert line["resident_kv_tokens"] == len(trajectory.token_ids) - 1
     held = sum(box["num_tokens"] for box in line["outline"])
     assert 0 < held <= line["total_tokens"]
 

@@ -65,6 +65,8 @@ class Replay:
                 self.num_restarts += 1
             case FinishEvent():
                 self.trajectory = event.trajectory
+                assert event.usage.total == event.trajectory.num_tokens
+                assert event.usage.resident_kv < len(event.trajectory.token_ids)
 
     def take_token(self, event: TokenEvent) -> None:
         is_forked = len(self.pieces) % 2 == 0

@@ -14,6 +14,7 @@ from npr_megatron.engine.events import (
     RestartEvent,
     TokenEvent,
 )
+from npr_megatron.engine.flow.ledger import Usage
 from npr_megatron.records.trajectory import Trajectory
 from npr_megatron.report.answer_view import AnswerView
 from npr_megatron.report.live_tree import GrowingAnswer, live_tree
@@ -54,7 +55,9 @@ def told(trajectory: Trajectory, pieces, request_id="r"):
         events += [branch[turn] for branch in branches if turn < len(branch)]
     events.append((JoinEvent(request_id, 1), ""))
     events += [(event, text) for index, event, text in trunks if index > first_branch]
-    return [*events, (FinishEvent(request_id, trajectory), "")]
+    num_tokens = trajectory.num_tokens
+    usage = Usage(num_tokens, trajectory.critical_path_tokens, len(pieces) - 1)
+    return [*events, (FinishEvent(request_id, trajectory, usage), "")]
 
 
 def printed(renderable, width=120):
