@@ -355,7 +355,7 @@ class Engine:
                     self._end(self._trees[request_id], FinishReason.TIMEOUT)
 
     def _tell(self) -> None:
-        for request_id, (watcher, listener) in self._watchers.items():
+        for request_id, (watcher, listener) in list(self._watchers.items()):
             for event in watcher.news(self._trees[request_id].flow, self.weight_version):
                 listener(event)
 
