@@ -2,24 +2,26 @@
 
 What is compared runs in turns on one thread and is taken by CPU time; SGLang has processes of its
 own, of which the one that computes counts. A ratio survives a busy machine, absolute times do not.
-The model is tiny (3 layers, hidden 128, vocabulary 512, fp32, random), so that what an engine adds
+The model is tiny (4 layers, hidden 64, vocabulary 512, fp32, random), so that what an engine adds
 to it shows.
 
 ``parallel``
     Native parallel decoding of a response against decoding the same tokens one after another, at
-    batch 1, as a share of the ideal (all tokens / critical path).
+    batch 1, as a share of the ideal (all tokens / critical path). Of a model whose weights do not
+    fit the caches, so that a step waits for them, as with every model of use.
 ``hf``, ``sglang``
-    Useful tokens per second of sequential sampling: temperature 1, no filters, four times as many
-    requests as trajectories in flight, prompts of 16 to 96 tokens, responses of 16 to 128, all
-    waiting at the start. The engine and SGLang batch continuously. HF ``generate`` decodes static
-    batches in order of arrival, padded on the left, each until its longest response ends, with the
-    better of its two caches; the tokens it computes beyond a response's end are not counted. The
-    ratio for equal lengths, where a static batch wastes nothing, stands beside it. The engine
-    records the log-prob of every token, the others none.
+    Useful tokens per second, eight times as many requests as trajectories in flight, all waiting at
+    the start. Against HF: rollouts as a trainer asks for them, eight of each prompt of 256 tokens,
+    two blocks of two to five branches, which the engine decodes in parallel and HF one token after
+    another. Against both: sequential sampling at temperature 1 without filters, prompts of 16 to 96
+    tokens, responses of 16 to 128. The engine and SGLang batch continuously. HF ``generate``
+    decodes static batches in order of arrival, padded on the left, each until its longest response
+    ends, with the better of its two caches; the tokens it computes beyond a response's end are not
+    counted. The engine records the log-prob of every token, the others none.
 ``group``
     16 rollouts of one prompt against one rollout each of 16 prompts of the same length.
 ``overhead``
-    The share of a step that is not forward pass and logits.
+    The share of a step that is neither forward pass and logits nor the draw from them.
 ``history``
     How the cost of a token changes with the number of requests that an engine has finished.
 ``device``
@@ -44,7 +46,7 @@ from pathlib import Path
 import torch
 from bench_engine_costs import group_figures, history_figure, overhead_figure
 from bench_engine_device import floor_figures
-from bench_engine_models import FOUR_BILLION, TINY, Subject
+from bench_engine_models import BEYOND_CACHES, FOUR_BILLION, TINY, Subject
 from bench_engine_parallel import five_branch_figure, parallel_figures
 from bench_engine_throughput import hf_figures, sglang_figures
 from bench_engine_workload import Workload
@@ -61,7 +63,7 @@ class Sizes:
 
     batches: tuple[int, ...] = (1, 8, 32)
     branches: tuple[int, ...] = (2, 3, 4, 5)
-    step_tokens: int = 96
+    step_tokens: int = 32
     """Tokens of text per branch, give or take an eighth."""
     longest: int = 128
     """Tokens of the longest response of the throughput figures."""
@@ -109,9 +111,10 @@ def _measured(asked: argparse.Namespace, folder: Path) -> list[Figure]:
     tiny = Subject.random(TINY, asked.device)
     tiny.write(folder)
     mixed = Workload.spread(4 * sizes.batches[-1], sizes.longest)
+    large = Subject.random(TINY if asked.quick else BEYOND_CACHES, asked.device)
     python = asked.sglang / "bin" / "python"
     sections: dict[str, Callable[[], list[Figure]]] = {
-        "parallel": lambda: parallel_figures(tiny, sizes.branches, sizes.step_tokens, repeats),
+        "parallel": lambda: parallel_figures(large, sizes.branches, sizes.step_tokens, repeats),
         "hf": lambda: hf_figures(tiny, folder, sizes.batches, sizes.longest, repeats),
         "sglang": lambda: sglang_figures(
             tiny, folder, python, sizes.batches, sizes.longest, repeats

@@ -5,7 +5,9 @@ model, and the cost of a long history.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 from bench_engine_models import Subject
@@ -13,8 +15,10 @@ from bench_engine_workload import Workload, serve
 from bench_figures import Figure, bests
 from torch import Tensor
 
+from npr_megatron.engine import decode
 from npr_megatron.engine.compute.runner import LocalRunner
 from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.flow.flow import Stream
 from npr_megatron.engine.schedule.batch import Batch
 
 
@@ -63,19 +67,52 @@ class TimedRunner:
 
 
 def overhead_figure(subject: Subject, workload: Workload, batch: int, repeats: int) -> Figure:
-    """Return the share of the time that is not forward pass, logits and their softmax: admission,
-    assembling, sampling, bookkeeping.
+    """Return the share of the time that is neither forward pass and logits nor the draw of tokens
+    and their log-probs from them: admission, assembling, bookkeeping. The share of the draw is in
+    the detail.
     """
     runner = TimedRunner(subject, batch)
     engine = subject.engine(batch, has_end=False, runner=runner)
-    shares: list[float] = []
-    for _ in range(repeats + 1):
-        started, inside = subject.now(), runner.seconds
-        serve(engine, workload.renewed())
-        taken_s = subject.now() - started
-        shares.append(100 * (1 - (runner.seconds - inside) / taken_s))
-    share = statistics.median(shares[1:])
-    return Figure(f"outside the model, batch {batch}", share, "%", 15, at_most=True)
+    outside: list[float] = []
+    drawing: list[float] = []
+    with timed_draws(subject) as draws:
+        for _ in range(repeats + 1):
+            started, inside, drawn = subject.now(), runner.seconds, draws.seconds
+            serve(engine, workload.renewed())
+            taken_s = subject.now() - started
+            drawing.append(100 * (draws.seconds - drawn) / taken_s)
+            outside.append(100 * (1 - (runner.seconds - inside) / taken_s) - drawing[-1])
+    share = statistics.median(outside[1:])
+    detail = f"the draw takes {statistics.median(drawing[1:]):.1f} % more"
+    name = f"outside model and draw, batch {batch}"
+    return Figure(name, share, "%", 15, at_most=True, detail=detail)
+
+
+@dataclass(slots=True)
+class Draws:
+    """Time spent drawing tokens."""
+
+    seconds: float = 0.0
+
+
+@contextmanager
+def timed_draws(subject: Subject) -> Iterator[Draws]:
+    """Note meanwhile how long engines take to draw tokens from logits."""
+    draws, choose = Draws(), decode.choose
+
+    def timed(
+        logits_MV: Tensor, streams: Sequence[Stream], known: Sequence[int]
+    ) -> tuple[list[int], list[float]]:
+        started = subject.now()
+        chosen = choose(logits_MV, streams, known)
+        draws.seconds += subject.now() - started
+        return chosen
+
+    decode.choose = timed
+    try:
+        yield draws
+    finally:
+        decode.choose = choose
 
 
 def history_figure(subject: Subject, young: int, old: int, window: int, chunk: int) -> Figure:

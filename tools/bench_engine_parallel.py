@@ -8,11 +8,11 @@ is possible: forced headers ride along with sampled tokens and cost no step of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from bench_engine_models import VOCABULARY, WORDS, Subject
-from bench_engine_workload import require_equal
+from bench_engine_workload import Workload, require_equal
 from bench_figures import Figure, bests
 
 from npr_megatron.engine.engine import Engine
@@ -23,6 +23,8 @@ from npr_megatron.schema.render import BlockTexts, render
 from npr_megatron.topology.layout import layout_of
 
 _PROMPT = tuple(WORDS)[:64]
+_ROLLOUT_PROMPT = 256
+"""Tokens of a prompt: the instruction that explains the tags, and a problem."""
 
 
 def parallel_figures(
@@ -93,28 +95,68 @@ def _seconds(
 
 def decode_taught(engine: Engine, response: list[int], mode: DecodeMode) -> None:
     """Decode exactly ``response``."""
+    add_taught(engine, _PROMPT, response, mode)
+    require_equal(drained(engine), len(response))
+
+
+def serve_taught(engine: Engine, responses: Workload) -> None:
+    """Decode exactly the responses that :func:`structured` drew, branch-parallel."""
+    for number, (prompt, length) in enumerate(
+        zip(responses.prompts, responses.lengths, strict=True)
+    ):
+        response = _structured_response(number)
+        require_equal(len(response), length)
+        add_taught(engine, prompt, response, DecodeMode.PARALLEL, number)
+    require_equal(drained(engine), responses.num_tokens)
+
+
+def structured(num_requests: int) -> Workload:
+    """Return rollouts as a trainer asks for them: groups of eight share a prompt, and responses are
+    two blocks of two to five branches.
+    """
+    lengths = [len(_structured_response(number)) for number in range(num_requests)]
+    return Workload.of([_ROLLOUT_PROMPT] * num_requests, lengths, group=8)
+
+
+@cache
+def _structured_response(number: int) -> list[int]:
+    return response_of(2 + number % 4, 12 + number % 9, spread=4)
+
+
+def add_taught(
+    engine: Engine,
+    prompt: tuple[int, ...],
+    response: list[int],
+    mode: DecodeMode,
+    number: int = 0,
+) -> None:
+    """Queue a request whose answer is ``response``."""
     request = GenerationRequest(
-        prompt_id="taught",
+        prompt_id=f"taught/{number}",
         rollout=0,
-        prompt_ids=_PROMPT,
+        prompt_ids=prompt,
         mode=mode,
         max_new_tokens=len(response),
         max_critical_path=len(response),
-        seed=0,
+        seed=number,
     )
-    engine.add(request, _teacher(response, mode))
+    engine.add(request, _teacher(prompt, response, mode))
+
+
+def drained(engine: Engine) -> int:
+    """Step until nothing is left; return the tokens generated."""
     num_tokens = 0
     while engine.num_unfinished:
         num_tokens += sum(trajectory.num_tokens for trajectory in engine.step())
-    require_equal(num_tokens, len(response))
+    return num_tokens
 
 
-def _teacher(response: list[int], mode: DecodeMode) -> Teacher:
+def _teacher(prompt: tuple[int, ...], response: list[int], mode: DecodeMode) -> Teacher:
     if mode is DecodeMode.SEQUENTIAL:
         return lambda block, branch, index: response[index]
-    layout = layout_of([*_PROMPT, *response], len(_PROMPT), VOCABULARY)
+    layout = layout_of([*prompt, *response], len(prompt), VOCABULARY)
     streams: dict[tuple[int, int], list[int]] = {}
-    labels = zip(layout.block[len(_PROMPT) :], layout.branch[len(_PROMPT) :], strict=True)
+    labels = zip(layout.block[len(prompt) :], layout.branch[len(prompt) :], strict=True)
     for token_id, (block, branch) in zip(response, labels, strict=True):
         streams.setdefault((int(block), int(branch)), []).append(token_id)
     return lambda block, branch, index: streams[block, branch][index]

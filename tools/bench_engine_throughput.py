@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from bench_engine_models import Subject, hf_model
+from bench_engine_parallel import serve_taught, structured
 from bench_engine_sglang import SglangServer, Taken
 from bench_engine_workload import Workload, serve, serve_by_hf
 from bench_figures import Figure, bests
@@ -20,23 +21,26 @@ from npr_megatron.engine.engine import Engine
 def hf_figures(
     subject: Subject, folder: Path, batches: Sequence[int], longest: int, repeats: int
 ) -> list[Figure]:
-    """Static batches of HF against continuous batching, for spread and for equal lengths.
+    """Static batches of HF against the engine: for rollouts, whose branches the engine decodes in
+    parallel and HF one token after another, and for plain sampling.
 
-    Equal lengths leave a static batch nothing to wait for: that ratio, without a bar, is what the
-    engine gains by being faster per step alone.
+    Plain sampling has no bar: of spread lengths, and of equal ones, which leave a static batch
+    nothing to wait for and show what the engine gains by being faster per step alone.
     """
     hf = hf_model(folder)
     figures: list[Figure] = []
     for batch in batches:
-        engine = subject.engine(batch, has_end=False)
-        for kind, workload in workloads(batch, longest).items():
+        plain, parallel = subject.engine(batch, has_end=False), subject.engine(batch)
+        kinds = {"rollouts": structured(8 * batch), **workloads(batch, longest)}
+        for kind, workload in kinds.items():
+            ours = partial(serve_taught, parallel) if kind == "rollouts" else partial(serve, plain)
 
             def fresh(run: Callable[[Workload], None], workload: Workload = workload) -> None:
                 run(workload.renewed())
 
             by_hf = partial(serve_by_hf, hf, batch=batch)
             servings = (
-                partial(serve, engine),
+                ours,
                 partial(by_hf, cache="dynamic"),
                 partial(by_hf, cache="static"),
             )
@@ -45,18 +49,18 @@ def hf_figures(
             rate = workload.num_tokens / ours_s
             detail = f"{rate:.0f} tokens/s; dynamic cache {dynamic_s / ours_s:.2f}, "
             detail += f"static {static_s / ours_s:.2f}"
-            name = f"tokens/s / HF, batch {batch}, {kind} lengths"
-            bar = 3.0 if kind == "spread" else None
+            name = f"tokens/s / HF, batch {batch}, {kind}"
+            bar = 3.0 if kind == "rollouts" else None
             figures.append(Figure(name, min(dynamic_s, static_s) / ours_s, "x", bar, False, detail))
     return figures
 
 
 def workloads(batch: int, longest: int) -> dict[str, Workload]:
-    """Return requests for four times ``batch`` trajectories, of spread and of equal lengths."""
-    spread = Workload.spread(4 * batch, longest)
+    """Return requests for eight times ``batch`` trajectories, of spread and of equal lengths."""
+    spread = Workload.spread(8 * batch, longest)
     num_requests = len(spread.lengths)
     equal = Workload.of([56] * num_requests, [spread.num_tokens // num_requests] * num_requests)
-    return {"spread": spread, "equal": equal}
+    return {"spread lengths": spread, "equal lengths": equal}
 
 
 def sglang_figures(
@@ -77,7 +81,7 @@ def sglang_figures(
                 for has_overlap in (False, True)
             )
             runs = [partial(_timed_serve, engine), plain.serve, overlapped.serve]
-            workload = workloads(batch, longest)["spread"]
+            workload = workloads(batch, longest)["spread lengths"]
             ours, *theirs = _in_turns(runs, workload, repeats)
         off, on = (taken.cpu_s / ours.cpu_s for taken in theirs)
         elapsed = min(taken.wall_s for taken in theirs) / ours.wall_s

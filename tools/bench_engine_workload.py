@@ -29,13 +29,15 @@ class Workload:
 
     prompts: Sequence[tuple[int, ...]]
     lengths: Sequence[int]
+    group: int = 1
+    """Neighbours that share a prompt."""
 
     @classmethod
-    def of(cls, prompt_lengths: Sequence[int], lengths: Sequence[int]) -> Workload:
-        """Draw prompts that were never drawn before."""
+    def of(cls, prompt_lengths: Sequence[int], lengths: Sequence[int], group: int = 1) -> Workload:
+        """Draw prompts that were never drawn before, one for each ``group`` requests."""
         rng = np.random.default_rng(next(_FRESH))
-        prompts = [tuple(rng.choice(WORDS, length).tolist()) for length in prompt_lengths]
-        return cls(prompts, lengths)
+        drawn = [tuple(rng.choice(WORDS, size).tolist()) for size in prompt_lengths[::group]]
+        return cls([prompt for prompt in drawn for _ in range(group)], lengths, group)
 
     @classmethod
     def spread(cls, num_requests: int, longest: int) -> Workload:
@@ -50,7 +52,12 @@ class Workload:
 
     def renewed(self) -> Workload:
         """Return fresh prompts of the same lengths: no cache of prompts can know them."""
-        return Workload.of([len(prompt) for prompt in self.prompts], self.lengths)
+        return Workload.of(self.prompt_lengths, self.lengths, self.group)
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Tokens per prompt."""
+        return [len(prompt) for prompt in self.prompts]
 
     @property
     def num_tokens(self) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from npr_megatron.engine.compute.runner import Runner
 from npr_megatron.engine.compute.sampler import choose
 from npr_megatron.engine.flow.segment import Segment
@@ -32,10 +30,8 @@ def decode(plan: StepPlan, pool: SlotPool, runner: Runner, version: int) -> list
     logits_MV = runner.run(batch)
     if not len(logits_MV):
         return []
-    tokens, totals_M = choose(logits_MV, sampled)
     known = [segment.token_ids[index] for segment, index in scored]
-    labels_M = torch.tensor(tokens + known, dtype=torch.int64).to(logits_MV.device)
-    logprobs = (logits_MV.gather(-1, labels_M[:, None])[:, 0] - totals_M).tolist()
+    tokens, logprobs = choose(logits_MV, sampled, known)
     # One NaN among a row's logits makes its sum NaN, and so the log-prob of any token.
     lost = {row for row, logprob in enumerate(logprobs) if not math.isfinite(logprob)}
     for row, (segment, index) in enumerate(scored, start=len(sampled)):
@@ -46,9 +42,8 @@ def decode(plan: StepPlan, pool: SlotPool, runner: Runner, version: int) -> list
         if stream.flow.finish is not None or row in lost:
             continue
         if stream.flow.accept(stream, token_id, logprobs[row], version):
-            segment = stream.segment
-            replaced = logits_MV[row, segment.token_ids[-1]] - totals_M[row]
-            segment.logprobs[-1] = float(replaced)
+            replaced = [stream.segment.token_ids[-1]]
+            _, stream.segment.logprobs[-1:] = choose(logits_MV[row : row + 1], [], replaced)
     if not lost:
         return []
     segments = [stream.segment for stream in sampled] + [segment for segment, _ in scored]

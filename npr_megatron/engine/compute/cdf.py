@@ -45,7 +45,7 @@ def log_total(logits_MV: Tensor, top_M: Tensor, total_M: Tensor) -> Tensor:
     """Return [M] from the largest and the exact sum of softmax's weights: their common factor is as
     wrong as the sum that softmax took, and the exact sum says how much.
     """
-    return logits_MV.amax(dim=-1).double() + (total_M / top_M.double()).log()
+    return logits_MV.amax(dim=-1) + (total_M / top_M).log()  # in float64, as the total is
 
 
 def rounded(weights: Tensor) -> Tensor:

@@ -52,32 +52,41 @@ class SamplingRows:
         return SamplingRows(self.shape[rows], self.uniforms[rows])
 
 
-def choose(logits_MV: Tensor, streams: Sequence[Stream]) -> tuple[list[int], Tensor]:
-    """Return one token per stream, and the log-sum-exp of every row.
+def choose(
+    logits_MV: Tensor, streams: Sequence[Stream], known: Sequence[int] = ()
+) -> tuple[list[int], list[float]]:
+    """Return one token per stream, and the log-prob of every row's token.
 
     Tokens are sampled under the stream's request, or its teacher's.
 
     Args:
-        logits_MV: [M, V] fp32, row i of ``streams[i]``; rows behind them only get their total. Not
-            modified. A row of NaN gives some token and disturbs no other.
+        logits_MV: [M, V] fp32, row i of ``streams[i]``, then of ``known``. Not modified. A row of
+            NaN gives some token and disturbs no other.
+        known: tokens that the rows behind those of the streams predict.
 
     Returns:
-        The tokens, and [M] float64 as of :func:`log_totals`.
+        The tokens, and M log-probs under the full distribution: NaN where a row is none.
     """
     if not streams:
-        return [], log_totals(logits_MV)
-    if all(stream.flow.draws_from_policy for stream in streams):
+        drawn, totals_M = [], log_totals(logits_MV)
+    elif all(stream.flow.draws_from_policy for stream in streams):
         drawn_M, totals_M = _draw_and_total(logits_MV, _next_numbers(streams))
+        drawn = drawn_M.tolist()
     else:
         scores_MV = penalised(logits_MV[: len(streams)], streams)
-        drawn_M, totals_M = draw(scores_MV, SamplingRows.of(streams)), log_totals(logits_MV)
-    tokens: list[int] = drawn_M.tolist()[: len(streams)]
-    for row, stream in enumerate(streams):
-        if stream.flow.teacher is not None:
-            segment = stream.segment
-            taught = stream.flow.teacher(segment.block, segment.branch, stream.index)
-            tokens[row] = tokens[row] if taught is None else taught
-    return tokens, totals_M
+        drawn, totals_M = draw(scores_MV, SamplingRows.of(streams)).tolist(), log_totals(logits_MV)
+    tokens = [_taught(stream, token) for stream, token in zip(streams, drawn, strict=False)]
+    labels_M = torch.tensor([*tokens, *known], dtype=torch.int64).to(logits_MV.device)
+    return tokens, (logits_MV.gather(-1, labels_M[:, None])[:, 0] - totals_M).tolist()
+
+
+def _taught(stream: Stream, token_id: int) -> int:
+    """Return what the stream's teacher takes instead of ``token_id``, if it has one that does."""
+    teacher = stream.flow.teacher
+    if teacher is None:
+        return token_id
+    taught = teacher(stream.segment.block, stream.segment.branch, stream.index)
+    return token_id if taught is None else taught
 
 
 def _next_numbers(streams: Sequence[Stream]) -> FloatRows:

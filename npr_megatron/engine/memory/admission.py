@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -29,12 +30,16 @@ class LengthEstimate:
     def __init__(self) -> None:
         self._recent = deque([1.0] * _WINDOW)
         self._ordered = [1.0] * _WINDOW
+        self._means = [1.0] * _WINDOW
+        """Of each of ``_ordered`` and all that are longer."""
 
     def observe(self, num_generated: int, max_new_tokens: int) -> None:
         """Learn from a trajectory that ended by itself: not one that was aborted or timed out."""
         self._ordered.remove(self._recent.popleft())
         self._recent.append(min(1.0, num_generated / max_new_tokens))
         insort(self._ordered, self._recent[-1])
+        sums = accumulate(reversed(self._ordered))
+        self._means = [total / count for count, total in enumerate(sums, start=1)][::-1]
 
     def expected(self, max_new_tokens: int, already: int) -> int:
         """Return how many tokens a trajectory will have generated when it ends: the mean of those
@@ -44,10 +49,10 @@ class LengthEstimate:
             already: how many it has generated; one that is longer than all remembered ones is
                 expected to use all it may.
         """
-        longer = self._ordered[bisect_right(self._ordered, already / max_new_tokens) :]
-        if not longer:
+        first_longer = bisect_right(self._ordered, already / max_new_tokens)
+        if first_longer == len(self._ordered):
             return max_new_tokens
-        total = math.ceil(max_new_tokens * sum(longer) / len(longer))
+        total = math.ceil(max_new_tokens * self._means[first_longer])
         return min(max(total, already + 1), max_new_tokens)
 
 

@@ -61,7 +61,8 @@ def _beginnings(rows: IndexArray, pool: SlotPool) -> list[_Beginning]:
     lent, lender = pool.own_start[rows], pool.parent[rows]
     # A row further up lends less, so the search ends where even all rows together save too little.
     while (len(rows) - 1) * int(lent.max()) >= MIN_SAVED_READS:
-        places.append((lender << 32) + lent)
+        if len(set(lender.tolist())) < len(rows):  # else nobody shares, which is soon seen
+            places.append((lender << 32) + lent)
         has_lender = lender != NO_PARENT
         lent = np.where(has_lender, np.minimum(lent, pool.own_start[lender]), 0)
         lender = np.where(has_lender, pool.parent[lender], NO_PARENT)

@@ -234,16 +234,21 @@ def test_choosing_is_drawing_and_totalling_with_rows_to_spare(
         for i in range(50)
     ]
     streams = [Flow(request, Grammar(SMALL), SMALL.eos).trunk for request in requests]
-    tokens, totals = choose(logits, streams)
+    known = [row % num_tokens for row in range(10)]
+
+    def expected(tokens: list[int]) -> list[float]:
+        return [float(x) for x in logits[torch.arange(60), tokens + known] - log_totals(logits)]
+
+    tokens, logprobs = choose(logits, streams, known)
     assert tokens == draw(logits[:50], SamplingRows.of(streams)).tolist()
-    assert torch.equal(totals, log_totals(logits))
-    nothing, totals = choose(logits, [])
+    assert logprobs == expected(tokens)
+    nothing, behind = choose(logits[50:], [], known)
     assert nothing == []
-    assert torch.equal(totals, log_totals(logits))
+    assert behind == logprobs[50:]
     logits[3] = math.nan
-    others, totals = choose(logits, streams)
+    others, logprobs = choose(logits, streams, known)
     assert [t for i, t in enumerate(others) if i != 3] == [
         t for i, t in enumerate(tokens) if i != 3
     ]
-    assert (~totals.isfinite()).nonzero().tolist() == [[3]]
+    assert [row for row, logprob in enumerate(logprobs) if not math.isfinite(logprob)] == [3]
     assert 0 <= others[3] < num_tokens
