@@ -140,7 +140,8 @@ class Coordinator:
         return version
 
     def _is_well(self) -> bool:
-        if self._swap.serving is None or (self._swap.is_lost and self._swap.is_settled):
+        is_nowhere = self._swap.serving is None or self._swap.is_lost
+        if is_nowhere and self._swap.is_settled:
             self._push()  # the weights are nowhere left: only the trainer can help
         everybody = range(len(self._addresses))
         return self._swap.is_settled and all(self._swap.is_routable(index) for index in everybody)
