@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from npr_megatron.engine.engine import Engine
 from npr_megatron.errors import DivergenceError
@@ -38,8 +39,8 @@ def measure_speed(
     The first pair warms caches and is not counted where there is more than one.
     """
     counted = pairs[1:] or pairs
-    for native, sequential in pairs[:1]:
-        _timed(engine, native), _timed(engine, sequential)
+    for request in chain.from_iterable(pairs[:1]):
+        _timed(engine, request)
     totals = [[0, 0.0], [0, 0.0]]
     for pair in counted:
         for total, request in zip(totals, pair, strict=True):
