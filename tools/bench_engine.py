@@ -21,7 +21,7 @@ to it shows.
 ``group``
     16 rollouts of one prompt against one rollout each of 16 prompts of the same length.
 ``overhead``
-    The share of a step that is neither forward pass and logits nor the draw from them.
+    The share of a step that is not forward pass and logits.
 ``history``
     How the cost of a token changes with the number of requests that an engine has finished.
 ``device``

@@ -59,17 +59,16 @@ class TimedRunner:
         """Spent in :meth:`run` so far."""
 
     def run(self, batch: Batch) -> Tensor:
-        """Compute the log-probs of ``batch``."""
+        """Compute the logits of ``batch``."""
         started = self._now()
-        logprobs_MV = self._runner.run(batch)
+        logits_MV = self._runner.run(batch)
         self.seconds += self._now() - started
-        return logprobs_MV
+        return logits_MV
 
 
 def overhead_figure(subject: Subject, workload: Workload, batch: int, repeats: int) -> Figure:
-    """Return the share of the time that is neither forward pass and logits nor the draw of tokens
-    and their log-probs from them: admission, assembling, bookkeeping. The share of the draw is in
-    the detail.
+    """Return the share of the time that is not forward pass and logits: admission, assembling, the
+    draw of tokens and their log-probs, bookkeeping. The share of the draw is in the detail.
     """
     runner = TimedRunner(subject, batch)
     engine = subject.engine(batch, has_end=False, runner=runner)
@@ -81,10 +80,10 @@ def overhead_figure(subject: Subject, workload: Workload, batch: int, repeats: i
             serve(engine, workload.renewed())
             taken_s = subject.now() - started
             drawing.append(100 * (draws.seconds - drawn) / taken_s)
-            outside.append(100 * (1 - (runner.seconds - inside) / taken_s) - drawing[-1])
+            outside.append(100 * (1 - (runner.seconds - inside) / taken_s))
     share = statistics.median(outside[1:])
-    detail = f"the draw takes {statistics.median(drawing[1:]):.1f} % more"
-    name = f"outside model and draw, batch {batch}"
+    detail = f"of which the draw {statistics.median(drawing[1:]):.1f} %"
+    name = f"outside the model, batch {batch}"
     return Figure(name, share, "%", 15, at_most=True, detail=detail)
 
 

@@ -24,8 +24,8 @@ def hf_figures(
     """Static batches of HF against the engine: for rollouts, whose branches the engine decodes in
     parallel and HF one token after another, and for plain sampling.
 
-    Plain sampling has no bar: of spread lengths, and of equal ones, which leave a static batch
-    nothing to wait for and show what the engine gains by being faster per step alone.
+    Plain sampling of spread lengths has the bar. Equal lengths leave a static batch nothing to wait
+    for and show what the engine gains by being faster per step alone.
     """
     hf = hf_model(folder)
     figures: list[Figure] = []
@@ -50,7 +50,7 @@ def hf_figures(
             detail = f"{rate:.0f} tokens/s; dynamic cache {dynamic_s / ours_s:.2f}, "
             detail += f"static {static_s / ours_s:.2f}"
             name = f"tokens/s / HF, batch {batch}, {kind}"
-            bar = 3.0 if kind == "rollouts" else None
+            bar = 3.0 if kind == "spread lengths" else None
             figures.append(Figure(name, min(dynamic_s, static_s) / ours_s, "x", bar, False, detail))
     return figures
 

@@ -46,7 +46,7 @@ def test_the_benchmark_of_the_engine_measures_every_promise():
         "parallel / sequential / ideal",
         "tokens/s / HF",
         "shared / separate prompts",
-        "outside model and draw",
+        "outside the model",
         "cost per token",
         "parallel / sequential",
     ]
