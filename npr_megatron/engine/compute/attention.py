@@ -37,18 +37,21 @@ class PooledAttention:
     ) -> None:
         self._kv_cache = kv_cache
         self._slots = slots
-        self._groups = [_Reading.of(group, kv_cache[0].dtype) for group in groups]
+        self._groups = [Reading.of(group, kv_cache[0].dtype) for group in groups]
 
-    def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
+    def __call__(self, layer: int, heads: Tensor) -> Tensor:
         cache = self._kv_cache[layer]
+        queries, keys_values = split_heads(heads, cache.shape[1])
         cache.index_copy_(0, self._slots, keys_values)
         if len(self._groups) == 1:
-            return _attend(self._groups[0], queries, cache)
-        return torch.cat([_attend(group, queries[group.tokens], cache) for group in self._groups])
+            return attend_group(self._groups[0], queries, cache)
+        return torch.cat(
+            [attend_group(group, queries[group.tokens], cache) for group in self._groups]
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Reading:
+class Reading:
     """A group, prepared once for all layers."""
 
     tokens: slice
@@ -58,21 +61,19 @@ class _Reading:
     """[B * S] slots each row reads for itself."""
     shared: Tensor | None
     """[P] slots read once for all rows."""
-    bias: Tensor | None
+    bias: Tensor
     """Added to the scores of own slots, to hide some."""
     padded: Tensor | None
     kept: Tensor | None
 
     @classmethod
-    def of(cls, group: DeviceGroup, dtype: torch.dtype) -> _Reading:
+    def of(cls, group: DeviceGroup, dtype: torch.dtype) -> Reading:
         own, visible = group.keys, group.visible
         if group.num_shared:
             own = own[:, group.num_shared :]
-            visible = None if visible is None else visible[..., group.num_shared :]
-        bias = None
-        if visible is not None:
-            bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            bias.masked_fill_(~visible, -torch.inf)
+            visible = visible[..., group.num_shared :]
+        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        bias.masked_fill_(~visible, -torch.inf)
         return cls(
             tokens=slice(group.start, group.start + group.count),
             shape=(own.shape[0], own.shape[1]),
@@ -84,7 +85,7 @@ class _Reading:
         )
 
 
-def _attend(group: _Reading, queries: Tensor, cache: Tensor) -> Tensor:
+def attend_group(group: Reading, queries: Tensor, cache: Tensor) -> Tensor:
     """Return [tokens, N * D] of the [tokens, N, D] queries of a group."""
     if group.padded is not None:
         queries = queries.index_select(0, group.padded)
@@ -106,17 +107,26 @@ def _attend(group: _Reading, queries: Tensor, cache: Tensor) -> Tensor:
     return flat if group.kept is None else flat.index_select(0, group.kept)
 
 
+def split_heads(heads: Tensor, num_stored: int) -> tuple[Tensor, Tensor]:
+    """Return the queries and, the last ``num_stored``, the keys and values: views."""
+    num_q = heads.shape[1] - num_stored
+    return heads[:, :num_q], heads[:, num_q:]
+
+
 class DenseAttention:
     """Attends inside B padded rows of S tokens under a mask; reads and writes no cache.
 
     Args:
         visible: [B, 1, S, S] bool, query by key; every query sees at least itself.
+        num_kv: key heads K.
     """
 
-    def __init__(self, visible: Tensor) -> None:
+    def __init__(self, visible: Tensor, num_kv: int) -> None:
         self._visible = visible
+        self._num_kv = num_kv
 
-    def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
+    def __call__(self, layer: int, heads: Tensor) -> Tensor:
+        queries, keys_values = split_heads(heads, 2 * self._num_kv)
         rows = (self._visible.shape[0], self._visible.shape[2])
         keys, values = keys_values.unflatten(0, rows).transpose(1, 2).chunk(2, dim=1)
         runs = queries.unflatten(0, rows).transpose(1, 2)

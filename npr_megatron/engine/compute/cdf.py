@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from npr_megatron.engine.compute.host_draw import draw_and_total
+
 _FLAT = 2048
 """Largest vocabulary whose CDF is searched in one level."""
 _BLOCK = 128
@@ -32,6 +34,13 @@ def log_totals(logits_MV: Tensor) -> Tensor:
     Good to 1e-7 whatever the size of logits and vocabulary; ``logsumexp`` in fp32 errs by 4e-6 and
     ``log_softmax`` by 9e-6 over 151,936 tokens, as much as trainer and engine may differ.
     """
+    if logits_MV.device.type == "cpu":
+        return torch.from_numpy(draw_and_total(logits_MV.numpy(), np.zeros(len(logits_MV)))[1])
+    return log_totals_in_torch(logits_MV)
+
+
+def log_totals_in_torch(logits_MV: Tensor) -> Tensor:
+    """Do the same on any device."""
     parts: list[Tensor] = []
     for chunk in chunks(logits_MV):
         weights_MV = torch.softmax(logits_MV[chunk], dim=-1)

@@ -78,9 +78,9 @@ class DecodeRows:
 
 def decode_rows(batch: Batch) -> DecodeRows | None:
     """Return ``batch`` as rows of one query each; None if a feed is long, or nothing is fed."""
-    if not batch.groups or any(_run_of(group) > _LONGEST_RUN for group in batch.groups):
+    if not batch.groups or any(run_of(group) > _LONGEST_RUN for group in batch.groups):
         return None
-    lengths, blocks = zip(*(_block(group) for group in batch.groups), strict=True)
+    lengths, blocks = zip(*(block_of(group) for group in batch.groups), strict=True)
     return DecodeRows(
         token_ids=batch.token_ids,
         position_ids=batch.position_ids,
@@ -92,23 +92,21 @@ def decode_rows(batch: Batch) -> DecodeRows | None:
     )
 
 
-def _run_of(group: QueryGroup) -> int:
+def run_of(group: QueryGroup) -> int:
     """Return the queries per row, padding included."""
     num_queries = group.count if group.padded is None else len(group.padded)
     return num_queries // len(group.keys)
 
 
-def _block(group: QueryGroup) -> tuple[IndexArray, IndexArray]:
+def block_of(group: QueryGroup) -> tuple[IndexArray, IndexArray]:
     """Return how many slots each of the [count] queries of a group reads, and these [count, L]."""
-    run, keys, visible = _run_of(group), group.keys, group.visible
-    if run > 1:
-        index = np.arange(group.count) if group.kept is None else group.kept
-        keys = keys[index // run]
-        if visible is not None:
-            visible = visible[index // run, index % run][:, None]
-    if visible is None:
-        return np.full(len(keys), keys.shape[1]), keys
-    seen: BoolArray = visible[:, 0]
+    if group.lengths is not None:
+        return group.lengths, group.keys
+    assert group.visible is not None
+    run = run_of(group)
+    index = np.arange(group.count) if group.kept is None else group.kept
+    keys = group.keys[index // run]
+    seen: BoolArray = group.visible[index // run, index % run]
     lengths = seen.sum(axis=1)
     if (seen[:, 1:] & ~seen[:, :-1]).any():
         # A mask with holes, of a tree replayed: bring what is seen to the front.

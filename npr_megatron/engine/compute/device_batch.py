@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from npr_megatron.engine.compute.model import Attend
@@ -24,7 +25,7 @@ class DeviceGroup:
     num_shared: int
     keys: Tensor
     """[B, L] slots."""
-    visible: Tensor | None
+    visible: Tensor
     """bool [B, 1, 1 or S, L]."""
     padded: Tensor | None
     """[B * S] offset of each padded query inside the group."""
@@ -56,7 +57,7 @@ def to_device(batch: Batch, upload: Upload) -> DeviceBatch:
     """Return ``batch`` as tensors on the device of ``upload``: one copy, whatever the groups."""
     arrays: list[np.ndarray] = [batch.token_ids, batch.position_ids, batch.slots, batch.logit_index]
     for group in batch.groups:
-        parts = (group.keys, group.visible, group.padded, group.kept)
+        parts = (group.keys, group.lengths, group.visible, group.padded, group.kept)
         arrays += [part for part in parts if part is not None]
     tensors = iter(upload(arrays))
     return DeviceBatch(
@@ -69,13 +70,19 @@ def to_device(batch: Batch, upload: Upload) -> DeviceBatch:
 
 
 def _group(group: QueryGroup, tensors: Iterator[Tensor]) -> DeviceGroup:
+    keys = next(tensors)
+    if group.lengths is None:
+        visible = next(tensors)[:, None]
+    else:
+        offsets = torch.arange(keys.shape[1], device=keys.device)
+        visible = (offsets < next(tensors)[:, None])[:, None, None]
     return DeviceGroup(
         start=group.start,
         count=group.count,
         num_rows=len(group.keys),
         num_shared=group.num_shared,
-        keys=next(tensors),
-        visible=None if group.visible is None else next(tensors)[:, None],
+        keys=keys,
+        visible=visible,
         padded=None if group.padded is None else next(tensors),
         kept=None if group.kept is None else next(tensors),
     )

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from npr_megatron.engine.compute.attention import split_heads
 from npr_megatron.engine.compute.decode_rows import (
     Bucket,
     BucketLimits,
@@ -81,8 +82,9 @@ class _Heads(NamedTuple):
 def attend_whole(kv_cache: Sequence[Tensor], slots: Tensor, wrapper: Any) -> Attend:
     """Return attention that writes the batch to ``slots`` [T] and reads as ``wrapper`` planned."""
 
-    def attend(layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
+    def attend(layer: int, heads: Tensor) -> Tensor:
         cache = kv_cache[layer]
+        queries, keys_values = split_heads(heads, cache.shape[1])
         cache.index_copy_(0, slots, keys_values)
         return wrapper.run(queries, as_pages(cache)).flatten(1)
 
@@ -96,8 +98,9 @@ def attend_in_parts(
     queries of the tokens beside it.
     """
 
-    def attend(layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
+    def attend(layer: int, heads: Tensor) -> Tensor:
         cache = kv_cache[layer]
+        queries, keys_values = split_heads(heads, cache.shape[1])
         cache.index_copy_(0, slots, keys_values)
         out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
         for wrapper, tokens in parts:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.compute.dense import dense_product
+from npr_megatron.engine.compute.kernels import kernels_for
 from npr_megatron.engine.compute.quantised import Weight, linear, weight_of
 from npr_megatron.engine.compute.ranks import Ranks
 from npr_megatron.weights.layouts import engine_layout
@@ -31,8 +32,8 @@ from npr_megatron.weights.tiles import Layout
 
 WeightFormat = Literal["as_trained", "fp8"]
 """Of the matrices of the layers: the dtype of the rest, or e4m3 with one scale per block."""
-Attend = Callable[[int, Tensor, Tensor], Tensor]
-"""(layer, queries [T, N, D], keys and values [T, 2 K, D]) -> [T, N * D]."""
+Attend = Callable[[int, Tensor], Tensor]
+"""(layer, [T, N + 2 K, D] queries, keys and values) -> [T, N * D]."""
 
 
 class _Layer(NamedTuple):
@@ -96,14 +97,10 @@ class EngineModel:
         """Per layer [slots + 1, 2 K, D]: K keys, then K values, so one gather reads both."""
         self._layers = [self._bind(layer) for layer in range(model.num_hidden_layers)]
         self._head_norms = self._fuse_head_norms()
-        num_heads = (self.num_q, self.num_kv)
-        self._norm_of_head = torch.arange(2, device=device).repeat_interleave(
-            torch.tensor(num_heads, device=device)
-        )
         self._head = self.weights[
             "embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight"
         ]
-        self._norm = _RmsNorm(model.rms_norm_eps)
+        self._kernels = kernels_for(device, dtype, (self.num_q, self.num_kv), model.rms_norm_eps)
         self._cos, self._signed_sin = _rotary_tables(model, dtype, device)
 
     def hidden(self, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
@@ -114,20 +111,21 @@ class EngineModel:
             position_ids: [T] int logical positions.
             attend: attention over this batch and whatever it stands for in the cache.
         """
-        norm = self._norm
+        kernels = self._kernels
         hidden = self._embed(token_ids)
-        head_norms = self._head_norms.index_select(1, self._norm_of_head).unbind()
+        head_norms = kernels.head_norms(self._head_norms)
         cos = self._cos.index_select(0, position_ids)
-        sin = self._signed_sin.index_select(0, position_ids)
+        signed_sin = self._signed_sin.index_select(0, position_ids)
+        num_heads, size = self.num_q + 2 * self.num_kv, self.config.head_dim
         for index, layer in enumerate(self._layers):
-            normed = norm(hidden, layer.input_norm)
-            queries, keys_values = self._project(layer.qkv, head_norms[index], normed, cos, sin)
-            attended = attend(index, queries, keys_values)
-            hidden = hidden + self._sum(linear(attended, layer.attention_out))
-            normed = norm(hidden, layer.post_norm)
-            gate, up = linear(normed, layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + self._sum(linear(F.silu(gate).mul_(up), layer.down))
-        return norm(hidden, self.weights["norm.weight"])
+            normed = kernels.norm(hidden, layer.input_norm)
+            heads = linear(normed, layer.qkv).view(-1, num_heads, size)
+            kernels.turn(heads, head_norms[index], cos, signed_sin)
+            hidden = hidden + self._sum(linear(attend(index, heads), layer.attention_out))
+            normed = kernels.norm(hidden, layer.post_norm)
+            gated = kernels.gate(linear(normed, layer.gate_up))
+            hidden = hidden + self._sum(linear(gated, layer.down))
+        return kernels.norm(hidden, self.weights["norm.weight"])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [M, V] fp32 logits of [M, H] hidden states."""
@@ -148,18 +146,6 @@ class EngineModel:
     def _sum(self, partial: Tensor) -> Tensor:
         """Return the result of a matrix whose columns are spread over the ranks."""
         return partial if self._ranks is None else self._ranks.sum(partial)
-
-    def _project(
-        self, qkv: Weight, head_norms: Tensor, normed: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return queries, and keys and values; queries and keys are normalised and rotated
-        together, in place.
-        """
-        num_q, num_kv, head = self.num_q, self.num_kv, self.config.head_dim
-        heads = linear(normed, qkv).view(-1, num_q + 2 * num_kv, head)
-        turned = heads[:, : num_q + num_kv]
-        _rotate(self._norm(turned, head_norms), cos, sin, out=turned)
-        return heads[:, :num_q], heads[:, num_q:]
 
     def _fuse_head_norms(self) -> Tensor:
         """Lay query and key norms of all layers side by side, [layers, 2, D], as live storages."""
@@ -189,39 +175,6 @@ class EngineModel:
             gate_up=matrix("gate_up"),
             down=matrix("down"),
         )
-
-
-class _RmsNorm:
-    """Divides by the root mean square along the last dimension.
-
-    ``F.rms_norm`` is one kernel on CUDA and eight on a CPU; in fp32 five do (12 to 5 us for one
-    token of 128 channels).
-    """
-
-    def __init__(self, eps: float) -> None:
-        self._eps = eps
-        self._eps_tensor = torch.tensor(eps)
-
-    def __call__(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Return ``hidden``, normalised in fp32, times ``weight``, which broadcasts to it."""
-        width = hidden.shape[-1]
-        if hidden.is_cuda or hidden.dtype != torch.float32:
-            fused = weight if weight.dim() == 1 else None
-            normed = F.rms_norm(hidden, (width,), fused, self._eps)
-            return normed if fused is not None else normed * weight
-        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
-        scale = torch.addcmul(self._eps_tensor, length, length, value=1.0 / width).rsqrt_()
-        return (hidden * scale).mul_(weight)
-
-
-def _rotate(heads: Tensor, cos: Tensor, signed_sin: Tensor, out: Tensor) -> None:
-    """Rotate [T, heads, D] by the HF convention into ``out``: the two halves of D are the pair.
-
-    ``rotate_half(x) * sin`` equals ``roll(x, D / 2) * (sin with its first half negated)``: one
-    kernel less.
-    """
-    rolled = torch.roll(heads, heads.shape[-1] // 2, dims=-1)
-    torch.addcmul(heads.mul_(cos), rolled, signed_sin, out=out)
 
 
 def _rotary_tables(

@@ -64,9 +64,10 @@ def _rows_of(group: QueryGroup) -> list[tuple[IndexArray, IndexArray, BoolArray]
     for row in range(num_rows):
         count = int(bounds[row + 1] - bounds[row])
         tokens = group.start + np.arange(bounds[row], bounds[row + 1])
-        if group.visible is None:
-            seen = np.ones((count, width), np.bool_)
+        if group.lengths is not None:
+            seen = np.arange(width)[None] < group.lengths[row]
         else:
+            assert group.visible is not None
             seen = group.visible[row, :count]
         columns = seen.any(axis=0)
         rows.append((tokens, group.keys[row, columns], seen[:, columns]))

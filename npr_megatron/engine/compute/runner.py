@@ -19,6 +19,7 @@ from npr_megatron.engine.compute.flashinfer import (
     library_for,
 )
 from npr_megatron.engine.compute.graphs import GraphedDecode
+from npr_megatron.engine.compute.host_attention import HostAttention
 from npr_megatron.engine.compute.host_memory import keep_freed_memory
 from npr_megatron.engine.compute.model import EngineModel
 from npr_megatron.engine.compute.ranks import Ranks
@@ -116,7 +117,11 @@ class LocalRunner:
 
     def _place(self, batch: Batch) -> Placed:
         placed = to_device(batch, self._upload)
-        attend = PooledAttention(self.model.kv_cache, placed.slots, placed.groups)
+        kv_cache = self.model.kv_cache
+        if kv_cache[0].device.type == "cpu" and kv_cache[0].dtype == torch.float32:
+            attend = HostAttention(kv_cache, batch, placed.groups)
+        else:
+            attend = PooledAttention(kv_cache, placed.slots, placed.groups)
         return Placed(placed.token_ids, placed.position_ids, placed.logit_index, attend)
 
     @torch.inference_mode()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from npr_megatron.engine.compute.cdf import FloatRows, chunks, inverse_cdf, log_total, log_totals
 from npr_megatron.engine.compute.filters import shaped_weights
+from npr_megatron.engine.compute.host_draw import draw_and_total
 from npr_megatron.engine.compute.penalties import penalised
 from npr_megatron.engine.flow.flow import Stream
 from npr_megatron.records.randomness import uniforms
@@ -104,6 +105,9 @@ def _draw_and_total(logits_MV: Tensor, uniforms_M: FloatRows) -> tuple[Tensor, T
     """
     numbers = np.zeros(len(logits_MV))
     numbers[: len(uniforms_M)] = uniforms_M
+    if logits_MV.device.type == "cpu":
+        tokens_M, totals_M = draw_and_total(logits_MV.numpy(), numbers)
+        return torch.from_numpy(tokens_M), torch.from_numpy(totals_M)
     drawn: list[Tensor] = []
     totals: list[Tensor] = []
     for chunk in chunks(logits_MV):

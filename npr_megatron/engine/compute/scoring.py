@@ -61,7 +61,8 @@ def _score_rows(model: EngineModel, rows: Sequence[Trajectory]) -> list[FloatArr
         segment[index, :num_tokens] = 0
     token_ids, position_ids, block, branch = torch.from_numpy(streams).to(model.device).long()
     mask = dense_mask(torch.from_numpy(segment).to(model.device), block, branch)
-    hidden = model.hidden(token_ids.view(-1), position_ids.view(-1), DenseAttention(mask[:, None]))
+    attend = DenseAttention(mask[:, None], model.num_kv)
+    hidden = model.hidden(token_ids.view(-1), position_ids.view(-1), attend)
     results: list[FloatArray] = []
     for index, row in enumerate(rows):
         sources = predecessors(row.block, row.branch)

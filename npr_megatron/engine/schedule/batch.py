@@ -34,8 +34,10 @@ class QueryGroup:
     count: int
     keys: IndexArray
     """[B, L] slots, padded with slot 0."""
-    visible: BoolArray | None
-    """[B, 1 or S, L]; None where every query sees all L."""
+    lengths: IndexArray | None = None
+    """[B] where S is 1: each query sees the first so many of its slots."""
+    visible: BoolArray | None = None
+    """[B, S, L] elsewhere."""
     padded: IndexArray | None = None
     """[B * S] offset of each padded query inside the group; None where no row is padded."""
     kept: IndexArray | None = None
@@ -150,15 +152,11 @@ def _length_ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
 def _single_group(
     rows: IndexArray, lengths: IndexArray, start: int, num_shared: int, pool: SlotPool
 ) -> QueryGroup:
-    longest = int(lengths[-1])
-    visible = None
-    if int(lengths[0]) != longest:
-        visible = (np.arange(longest) < lengths[:, None])[:, None]
     return QueryGroup(
         start=start,
         count=len(rows),
-        keys=pool.table[rows, :longest].astype(np.int64),
-        visible=visible,
+        keys=pool.table[rows, : lengths[-1]].astype(np.int64),
+        lengths=lengths,
         num_shared=num_shared if len(rows) > 1 else 0,
     )
 

@@ -11,8 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from npr_megatron.engine.compute.attention import DenseAttention, PooledAttention
+from npr_megatron.engine.compute.attention import (
+    DenseAttention,
+    PooledAttention,
+    split_heads,
+)
 from npr_megatron.engine.compute.device_batch import to_device
+from npr_megatron.engine.compute.host_attention import HostAttention
 from npr_megatron.engine.compute.transfer import Upload
 from npr_megatron.engine.compute.two_level import (
     attend_two_levels,
@@ -33,22 +38,24 @@ class _Inputs:
     def __init__(self, batch: Batch, num_slots: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         num_tokens = len(batch.token_ids)
-        self.queries = torch.randn(num_tokens, _NUM_Q, _HEAD, generator=generator)
-        self.keys_values = torch.randn(num_tokens, 2 * _NUM_KV, _HEAD, generator=generator)
+        self.heads = torch.randn(num_tokens, _NUM_Q + 2 * _NUM_KV, _HEAD, generator=generator)
         self.cache = torch.randn(num_slots + 1, 2 * _NUM_KV, _HEAD, generator=generator)
 
-    def pooled(self, batch: Batch) -> Tensor:
+    def by_copies(self, batch: Batch) -> Tensor:
         placed = to_device(batch, Upload(_CPU))
-        attend = PooledAttention([self.cache.clone()], placed.slots, placed.groups)
-        return attend(0, self.queries, self.keys_values)
+        return PooledAttention([self.cache.clone()], placed.slots, placed.groups)(0, self.heads)
+
+    def in_place(self, batch: Batch) -> Tensor:
+        groups = to_device(batch, Upload(_CPU)).groups
+        return HostAttention([self.cache.clone()], batch, groups)(0, self.heads)
 
     def expected(self, batch: Batch, reads: list[list[int]]) -> Tensor:
         cache = self.cache.clone()
-        cache[torch.from_numpy(batch.slots)] = self.keys_values
+        queries, cache[torch.from_numpy(batch.slots)] = split_heads(self.heads, 2 * _NUM_KV)
         longest = max(len(slots) for slots in reads)
         padded_TL = torch.tensor([slots + [0] * (longest - len(slots)) for slots in reads])
         lengths = torch.tensor([len(slots) for slots in reads])
-        return _attend(self.queries, cache[padded_TL], lengths)
+        return _attend(queries, cache[padded_TL], lengths)
 
 
 def _attend(queries_TND: Tensor, read_TLKD: Tensor, lengths_T: Tensor) -> Tensor:
@@ -68,13 +75,14 @@ def test_every_token_attends_to_exactly_what_it_reads(seed: int) -> None:
     batch, _, _ = assemble(rows.streams, rows.feeds, rows.pool)
     inputs = _Inputs(batch, rows.pool.num_slots, seed)
     expected = inputs.expected(batch, rows.reads_of(batch))
-    torch.testing.assert_close(inputs.pooled(batch), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(inputs.by_copies(batch), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(inputs.in_place(batch), expected, rtol=0, atol=1e-6)
 
 
-def _family() -> tuple[RaggedRows, Batch]:
+def _family(prompt_tokens: int = 400) -> tuple[RaggedRows, Batch]:
     """Sixteen rollouts of one prompt: long enough to be read once for all."""
     rows = RaggedRows(np.random.default_rng(0))
-    prompt = rows.open(None, 400)
+    prompt = rows.open(None, prompt_tokens)
     for index in range(16):
         rows.decode(rows.open(prompt, index % 5))
     batch, _, _ = assemble(rows.streams, [], rows.pool)
@@ -89,17 +97,35 @@ def test_a_shared_beginning_is_read_once_and_changes_nothing() -> None:
         batch, groups=[dataclasses.replace(group, num_shared=0) for group in batch.groups]
     )
     expected = inputs.expected(batch, rows.reads_of(batch))
-    torch.testing.assert_close(inputs.pooled(batch), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(inputs.pooled(plain), expected, rtol=0, atol=1e-6)
+    for attention in (inputs.by_copies, inputs.in_place):
+        torch.testing.assert_close(attention(batch), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(attention(plain), expected, rtol=0, atol=1e-6)
+
+
+def test_threads_share_the_rows_out_and_change_nothing() -> None:
+    rows, batch = _family(1200)
+    inputs = _Inputs(batch, rows.pool.num_slots, seed=2)
+    plain = dataclasses.replace(
+        batch, groups=[dataclasses.replace(group, num_shared=0) for group in batch.groups]
+    )
+    before = torch.get_num_threads()
+    alone = inputs.in_place(plain)
+    try:
+        torch.set_num_threads(3)
+        shared_out = inputs.in_place(plain)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(shared_out, alone)
 
 
 def test_control_a_beginning_one_slot_too_long_is_seen() -> None:
     rows, batch = _family()
     inputs = _Inputs(batch, rows.pool.num_slots, seed=1)
     groups = [dataclasses.replace(group, num_shared=401) for group in batch.groups]
-    wrong = inputs.pooled(dataclasses.replace(batch, groups=groups))
-    difference = (wrong - inputs.expected(batch, rows.reads_of(batch))).abs()
-    assert float(difference.max()) > 1e-3
+    wrong = dataclasses.replace(batch, groups=groups)
+    expected = inputs.expected(batch, rows.reads_of(batch))
+    for attention in (inputs.by_copies, inputs.in_place):
+        assert float((attention(wrong) - expected).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
@@ -150,13 +176,13 @@ def test_both_ways_to_the_sum_of_exponentials_agree() -> None:
 def test_dense_attention_equals_the_softmax_per_token() -> None:
     generator = torch.Generator().manual_seed(5)
     num_rows, length = 3, 7
-    queries = torch.randn(num_rows * length, _NUM_Q, _HEAD, generator=generator)
-    keys_values = torch.randn(num_rows * length, 2 * _NUM_KV, _HEAD, generator=generator)
+    heads = torch.randn(num_rows * length, _NUM_Q + 2 * _NUM_KV, _HEAD, generator=generator)
+    queries, keys_values = split_heads(heads, 2 * _NUM_KV)
     visible = torch.rand(num_rows, 1, length, length, generator=generator) < 0.5
     visible |= torch.eye(length, dtype=torch.bool)
-    out = DenseAttention(visible)(0, queries, keys_values)
+    out = DenseAttention(visible, _NUM_KV)(0, heads)
     for token in range(num_rows * length):
         row, query = divmod(token, length)
-        read = keys_values.view(num_rows, length, -1, _HEAD)[row, visible[row, 0, query]]
+        read = keys_values.reshape(num_rows, length, -1, _HEAD)[row, visible[row, 0, query]]
         expected = _attend(queries[token, None], read[None], torch.tensor([len(read)]))
         torch.testing.assert_close(out[token, None], expected, rtol=0, atol=1e-6)

@@ -20,11 +20,12 @@ from tests.structures import QUICK
 def _seen(group: QueryGroup) -> list[set[int]]:
     """Return, per token of a group, the slots its mask lets through."""
     num_rows, longest = group.keys.shape
-    num_queries = 1 if group.padded is None else len(group.padded) // num_rows
-    if group.padded is None and group.visible is not None:
-        num_queries = group.count // num_rows
-    visible = np.ones((num_rows, 1, longest), np.bool_) if group.visible is None else group.visible
-    seen = np.broadcast_to(visible, (num_rows, num_queries, longest)).reshape(-1, longest)
+    if group.lengths is not None:
+        seen = np.arange(longest) < group.lengths[:, None]
+    else:
+        assert group.visible is not None
+        seen = group.visible.reshape(-1, longest)
+    num_queries = len(seen) // num_rows
     keys = np.repeat(group.keys, num_queries, axis=0)
     kept = range(len(seen)) if group.kept is None else group.kept.tolist()
     return [set(keys[query][seen[query]].tolist()) for query in kept]

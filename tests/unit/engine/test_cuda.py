@@ -229,12 +229,11 @@ def attend_both_ways(batch: Batch, seed: int) -> tuple[torch.Tensor, torch.Tenso
     _, on_gpu = twins(LARGE_HEADS, torch.bfloat16, seed)
     shape = (len(batch.token_ids), on_gpu.num_q + 2 * on_gpu.num_kv, LARGE_HEADS.head_dim)
     heads = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    queries, keys_values = heads[:, : on_gpu.num_q], heads[:, on_gpu.num_q :]
     upload = Upload(on_gpu.device)
     paged = flashinfer.FlashInferBatches(library(), on_gpu).place(batch, upload).attend
     placed = to_device(batch, upload)
     pooled = PooledAttention(on_gpu.kv_cache, placed.slots, placed.groups)
-    return paged(0, queries, keys_values), pooled(0, queries, keys_values)
+    return paged(0, heads), pooled(0, heads)
 
 
 @pytest.mark.parametrize("seed", range(4))

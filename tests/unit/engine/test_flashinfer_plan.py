@@ -82,11 +82,10 @@ def both(batch: Batch, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Flash
     generator = torch.Generator().manual_seed(seed)
     shape = (len(batch.token_ids), model.num_q + 2 * model.num_kv, TINY.head_dim)
     heads = torch.randn(shape, generator=generator, dtype=torch.float64)
-    queries, keys_values = heads[:, : model.num_q], heads[:, model.num_q :]
-    paged = batches.place(batch, upload).attend(0, queries, keys_values)
+    paged = batches.place(batch, upload).attend(0, heads)
     placed = to_device(batch, upload)
     pooled = PooledAttention(model.kv_cache, placed.slots, placed.groups)
-    return paged, pooled(0, queries, keys_values), batches
+    return paged, pooled(0, heads), batches
 
 
 @pytest.mark.parametrize("seed", range(6))

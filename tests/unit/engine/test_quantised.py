@@ -60,7 +60,8 @@ def model_with(tensors, weights="as_trained", dtype=torch.float32):
 def logits_of(model):
     ids = torch.arange(40) % MODEL.vocab_size
     visible = torch.ones(1, 1, 40, 40).tril().bool()
-    return model.logits(model.hidden(ids, torch.arange(40), DenseAttention(visible)))
+    attend = DenseAttention(visible, model.num_kv)
+    return model.logits(model.hidden(ids, torch.arange(40), attend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

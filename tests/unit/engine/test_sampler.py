@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npr_megatron.engine.compute.cdf import log_totals
+from npr_megatron.engine.compute.cdf import log_totals, log_totals_in_torch
+from npr_megatron.engine.compute.host_draw import draw_and_total
 from npr_megatron.engine.compute.sampler import SamplingRows, choose, draw
 from npr_megatron.engine.flow.flow import Flow
 from npr_megatron.records.trajectory import DecodeMode
@@ -23,6 +24,7 @@ from npr_megatron.schema.grammar import Grammar
 from tests.engines import request_for
 from tests.structures import QUICK, SMALL
 
+Totals = Callable[[torch.Tensor], torch.Tensor]
 Shape = tuple[float, int, float, float]
 """Temperature, top-k, top-p, min-p."""
 PLAIN: Shape = (1.0, 0, 1.0, 0.0)
@@ -62,6 +64,21 @@ def slow_draw(logits: Sequence[float], shape: Shape, uniform: float) -> int:
         if cumulative > point:
             return i
     raise AssertionError("the point lies beyond the total")
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9, 128, 129, 512, 6000])
+def test_one_loop_draws_what_a_slow_loop_draws(num_tokens: int) -> None:
+    rng = np.random.default_rng(num_tokens)
+    logits = rng.normal(0.0, 3.0, (40, num_tokens)).astype(np.float32)
+    logits[1] -= 200.0
+    logits[2, 1:] -= 60.0
+    uniforms = rng.random(40)
+    uniforms[:4] = 0.0, 1.0 - 1e-9, 1.0 - 1e-9, 0.0
+    tokens, totals = draw_and_total(logits, uniforms)
+    pairs = zip(logits.tolist(), uniforms.tolist(), strict=True)
+    assert tokens.tolist() == [slow_draw(row, PLAIN, number) for row, number in pairs]
+    expected = torch.logsumexp(torch.from_numpy(logits).double(), dim=-1).numpy()
+    assert np.abs(totals - expected).max() < 1e-7
 
 
 @QUICK
@@ -191,34 +208,36 @@ def test_logits_and_log_probs_give_the_same_draws() -> None:
     assert draw(logits, wanted).tolist() == draw(torch.log_softmax(logits, -1), wanted).tolist()
 
 
+@pytest.mark.parametrize("totals", [log_totals, log_totals_in_torch])
 @pytest.mark.parametrize("num_tokens", [9, 512, 151_936])
 @pytest.mark.parametrize(("scale", "offset"), [(0.1, 0.0), (3.0, 30.0), (8.0, -200.0)])
 def test_log_totals_are_exact_where_single_precision_is_not(
-    num_tokens: int, scale: float, offset: float
+    num_tokens: int, scale: float, offset: float, totals: Totals
 ) -> None:
     rng = np.random.default_rng(num_tokens)
     numbers = rng.normal(offset, scale, (3, num_tokens)).astype(np.float32)
     logits = torch.from_numpy(numbers)
     expected = torch.logsumexp(logits.double(), dim=-1)
-    assert (log_totals(logits) - expected).abs().max() < 1e-7
+    assert (totals(logits) - expected).abs().max() < 1e-7
     if num_tokens > 500 and offset:
         assert (logits.logsumexp(dim=-1) - expected).abs().max() > 3e-7, "what it is for"
 
 
+@pytest.mark.parametrize("totals", [log_totals, log_totals_in_torch])
 @pytest.mark.parametrize("num_tokens", [9, 512, 6000])
 def test_a_total_is_the_same_in_any_company_and_nan_where_there_is_no_distribution(
-    num_tokens: int,
+    num_tokens: int, totals: Totals
 ) -> None:
     rng = np.random.default_rng(5)
     logits = torch.from_numpy(rng.normal(0.0, 3.0, (60, num_tokens)).astype(np.float32))
-    together = log_totals(logits)
-    assert torch.equal(together, torch.cat([log_totals(row[None]) for row in logits]))
+    together = totals(logits)
+    assert torch.equal(together, torch.cat([totals(row[None]) for row in logits]))
     logits[7, 3], logits[8, 4], logits[9] = math.nan, math.inf, -math.inf
     logits[10, 5] = -math.inf
-    found = log_totals(logits)
+    found = totals(logits)
     assert (~found.isfinite()).nonzero()[:, 0].tolist() == [7, 8, 9]
     assert torch.equal(found[11:], together[11:])
-    assert log_totals(logits[:0]).shape == (0,)
+    assert totals(logits[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("num_tokens", [9, 6000])

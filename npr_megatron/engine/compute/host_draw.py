@@ -1,0 +1,80 @@
+"""Draws from logits on a CPU: what ``cdf.inverse_cdf`` and ``cdf.log_totals`` do, in one loop.
+
+A row is read twice, once for its maximum and once for its weights, and every row by itself, so a
+draw does not depend on who shares the step. Sums are float64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from npr_megatron.engine.compute.host_kernels import Floats, Indices, compiled, exp, inlined
+
+_BLOCK = 128
+"""Tokens whose weights are summed together: the search for a token passes over whole blocks."""
+_LEAST = np.float32(-40.0)
+"""Logits so far below the largest have no weight: 4e-18 of it."""
+
+Doubles = npt.NDArray[np.float64]
+
+
+def draw_and_total(logits: Floats, uniforms: Doubles) -> tuple[Indices, Doubles]:
+    """Return one token per row of [M, V] logits, and [M] float64 log-sum-exp.
+
+    The token is the first whose cumulative weight exceeds ``uniform * total``; it has weight. A row
+    with NaN gives some token, and NaN.
+    """
+    tokens = np.empty(len(logits), np.int64)
+    totals = np.empty(len(logits), np.float64)
+    _draw(logits, uniforms, tokens, totals)
+    return tokens, totals
+
+
+@compiled
+def _draw(logits: Floats, uniforms: Doubles, tokens: Indices, totals: Doubles) -> None:
+    num_rows, num_tokens = logits.shape
+    num_blocks = (num_tokens + _BLOCK - 1) // _BLOCK
+    weights = np.empty(num_tokens, np.float32)
+    sums = np.empty(num_blocks, np.float64)
+    for row in range(num_rows):
+        scores = logits[row]
+        top = scores[0]
+        for j in range(num_tokens):
+            top = scores[j] if scores[j] > top else top
+        total = 0.0
+        for block in range(num_blocks):
+            start, stop = block * _BLOCK, min(num_tokens, (block + 1) * _BLOCK)
+            sums[block] = _weigh(scores[start:stop], top, weights[start:stop])
+            total += sums[block]
+        totals[row] = np.float64(top) + np.log(total)
+        tokens[row] = _find(weights, sums, uniforms[row] * total)
+
+
+@inlined
+def _weigh(scores: Floats, top: np.float32, weights: Floats) -> float:
+    """Write the weights of some scores; return their sum."""
+    total = 0.0
+    for j in range(len(scores)):
+        score = scores[j] - top
+        weight = np.float32(0.0) if score < _LEAST else exp(score)
+        weights[j] = weight
+        total += np.float64(weight)
+    return total
+
+
+@inlined
+def _find(weights: Floats, sums: Doubles, point: float) -> int:
+    """Return the first token whose cumulative weight exceeds ``point``, or the last with weight."""
+    block = 0
+    while block < len(sums) - 1 and point >= sums[block]:
+        point -= sums[block]
+        block += 1
+    found = block * _BLOCK
+    for token in range(found, min(len(weights), found + _BLOCK)):
+        if weights[token] > np.float32(0.0):
+            found = token
+            point -= np.float64(weights[token])
+            if point < 0.0:
+                break
+    return found
