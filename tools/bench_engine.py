@@ -2,7 +2,7 @@
 
 What is compared runs in turns on one thread and is taken by CPU time; SGLang has processes of its
 own, of which the one that computes counts. A ratio survives a busy machine, absolute times do not.
-The model is tiny (4 layers, hidden 64, vocabulary 512, fp32, random), so that what an engine adds
+The model is tiny (4 layers, hidden 128, vocabulary 512, fp32, random), so that what an engine adds
 to it shows.
 
 ``parallel``

@@ -40,11 +40,11 @@ VOCABULARY = Vocabulary(
 )
 TINY = ModelConfig(
     num_hidden_layers=4,
-    hidden_size=64,
+    hidden_size=128,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=16,
-    intermediate_size=192,
+    head_dim=32,
+    intermediate_size=384,
     vocab_size=512,
     tie_word_embeddings=False,
 )

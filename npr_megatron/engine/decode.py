@@ -33,7 +33,9 @@ def decode(plan: StepPlan, pool: SlotPool, runner: Runner, version: int) -> list
     known = [segment.token_ids[index] for segment, index in scored]
     tokens, logprobs = choose(logits_MV, sampled, known)
     # One NaN among a row's logits makes its sum NaN, and so the log-prob of any token.
-    lost = {row for row, logprob in enumerate(logprobs) if not math.isfinite(logprob)}
+    lost: set[int] = set()
+    if not math.isfinite(sum(logprobs)):
+        lost = {row for row, logprob in enumerate(logprobs) if not math.isfinite(logprob)}
     for row, (segment, index) in enumerate(scored, start=len(sampled)):
         if row not in lost:
             segment.logprobs[index] = logprobs[row]

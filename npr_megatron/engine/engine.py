@@ -214,12 +214,11 @@ class Engine:
         """
         self._require_weights()
         self._end_overdue()
-        ended, self._ended = self._ended + self._scheduler.drop_finished(), []
         plan = self._scheduler.plan()
         lost = decode(plan, self._pool, self._runner, self.weight_version)
         if lost:
             self._fail(lost)
-        ended += self._scheduler.drop_finished()
+        ended, self._ended = self._ended + self._scheduler.drop_finished(), []
         if self._config.debug_checks:
             self.check_integrity()
         self._tell()
@@ -301,7 +300,6 @@ class Engine:
     @torch.inference_mode()
     def _go_on(self) -> None:
         """Carry the trajectories under way over to the live weights."""
-        self._ended += self._scheduler.drop_finished()  # as they are
         match self._config.kv_after_push:
             case "drop":
                 self._scheduler.start_again(self.weight_version)
@@ -336,6 +334,8 @@ class Engine:
         if tree in self._scheduler.waiting:
             self._scheduler.drop_waiting(tree)
             self._ended.append(tree)
+        else:
+            self._ended += self._scheduler.drop_finished()
 
     def _fail(self, lost: Sequence[Segment]) -> None:
         """End the trajectories of segments without a distribution; the others go on."""

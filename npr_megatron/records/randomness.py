@@ -25,17 +25,19 @@ def derive_seed(*names: str | int) -> int:
 def branch_key(seed: int, block: int, branch: int) -> int:
     """Return the key of one branch (0, 0 for the trunk) of the request keyed by ``seed``."""
     place = np.array([block << 20 | branch], dtype=np.uint64)
-    return int(_mix(np.uint64(seed) ^ _mix(place))[0])
+    return int(mix(np.uint64(seed) ^ mix(place))[0])
 
 
 def uniforms(keys: UInt64Array, counters: UInt64Array) -> npt.NDArray[np.float64]:
     """Return one number in [0, 1) per (key, counter) pair; equal pairs give equal numbers."""
-    bits = _mix(keys + counters * _GAMMA)
+    bits = mix(keys + counters * _GAMMA)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix(value: UInt64Array) -> UInt64Array:
-    """Mix each number; arrays wrap around silently, which single numbers would not."""
+def mix(value: UInt64Array) -> UInt64Array:
+    """Return splitmix64 of each number. Of arrays: they wrap around silently, single numbers do
+    not.
+    """
     z = value + _GAMMA
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -68,14 +68,21 @@ class TopologyCursor:
         Raises:
             LayoutError: branches are open.
         """
+        return Place(self.advance_trunk(), 0, 0)
+
+    def advance_trunk(self) -> int:
+        """Place the next trunk token and return its position only.
+
+        Raises:
+            LayoutError: branches are open.
+        """
         if self._branches:
             raise LayoutError(
                 f"a trunk token was asked for, but {len(self._branches)} branches of block "
                 f"{self.block} are open; join them first"
             )
-        place = Place(self._trunk, 0, 0)
         self._trunk += 1
-        return place
+        return self._trunk - 1
 
     def fork(self, num_branches: int) -> None:
         """Open ``num_branches`` branches behind the trunk token placed last.
@@ -97,14 +104,21 @@ class TopologyCursor:
         Raises:
             LayoutError: no such branch is open.
         """
+        return Place(self.advance_branch(branch), self.block, branch)
+
+    def advance_branch(self, branch: int) -> int:
+        """Place the next token of branch ``branch`` and return its position only.
+
+        Raises:
+            LayoutError: no such branch is open.
+        """
         if not 1 <= branch <= len(self._branches):
             raise LayoutError(
                 f"a token of branch {branch} was asked for, but {len(self._branches)} branches are "
                 "open; fork first, and count branches from 1"
             )
-        place = Place(self._branches[branch - 1], self.block, branch)
         self._branches[branch - 1] += 1
-        return place
+        return self._branches[branch - 1] - 1
 
     def join(self) -> None:
         """Close all branches; the trunk goes on behind the furthest one.

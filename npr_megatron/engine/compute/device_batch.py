@@ -57,8 +57,7 @@ def to_device(batch: Batch, upload: Upload) -> DeviceBatch:
     """Return ``batch`` as tensors on the device of ``upload``: one copy, whatever the groups."""
     arrays: list[np.ndarray] = [batch.token_ids, batch.position_ids, batch.slots, batch.logit_index]
     for group in batch.groups:
-        parts = (group.keys, group.lengths, group.visible, group.padded, group.kept)
-        arrays += [part for part in parts if part is not None]
+        arrays += _arrays(group)
     tensors = iter(upload(arrays))
     return DeviceBatch(
         token_ids=next(tensors),
@@ -67,6 +66,16 @@ def to_device(batch: Batch, upload: Upload) -> DeviceBatch:
         logit_index=next(tensors),
         groups=[_group(group, tensors) for group in batch.groups],
     )
+
+
+def on_host(group: QueryGroup) -> DeviceGroup:
+    """Return ``group`` as tensors of the host: the same memory."""
+    return _group(group, map(torch.from_numpy, _arrays(group)))
+
+
+def _arrays(group: QueryGroup) -> list[np.ndarray]:
+    parts = (group.keys, group.lengths, group.visible, group.padded, group.kept)
+    return [part for part in parts if part is not None]
 
 
 def _group(group: QueryGroup, tensors: Iterator[Tensor]) -> DeviceGroup:

@@ -16,7 +16,7 @@ from torch import Tensor
 from npr_megatron.engine.compute import host_kernels
 from npr_megatron.engine.compute.attention import Reading, attend_group, split_heads
 from npr_megatron.engine.compute.decode_rows import block_of, run_of
-from npr_megatron.engine.compute.device_batch import DeviceGroup
+from npr_megatron.engine.compute.device_batch import on_host
 from npr_megatron.engine.schedule.batch import Batch, IndexArray
 
 _LONGEST_RUN = 16
@@ -53,12 +53,9 @@ class HostAttention:
 
     Args:
         kv_cache: per layer [slots + 1, 2 K, D]; the slots of ``batch`` are overwritten.
-        groups: those of ``batch``, as tensors.
     """
 
-    def __init__(
-        self, kv_cache: Sequence[Tensor], batch: Batch, groups: Sequence[DeviceGroup]
-    ) -> None:
+    def __init__(self, kv_cache: Sequence[Tensor], batch: Batch) -> None:
         self._kv_cache = kv_cache
         self._slots = batch.slots
         self._scale = np.float32(kv_cache[0].shape[-1] ** -0.5)
@@ -66,9 +63,9 @@ class HostAttention:
         self._others: list[Reading] = []
         self._threads: ThreadPoolExecutor | None = None
         num_threads = torch.get_num_threads()
-        for group, placed in zip(batch.groups, groups, strict=True):
+        for group in batch.groups:
             if group.num_shared or run_of(group) > _LONGEST_RUN:
-                self._others.append(Reading.of(placed, torch.float32))
+                self._others.append(Reading.of(on_host(group), torch.float32))
                 continue
             lengths, keys = block_of(group)
             rows = _Rows(slice(group.start, group.start + group.count), keys, lengths)

@@ -6,10 +6,19 @@ draw does not depend on who shares the step. Sums are float64.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
+from numba.extending import register_jitable
 
-from npr_megatron.engine.compute.host_kernels import Floats, Indices, compiled, exp, inlined
+from npr_megatron.engine.compiled import compiled, inlined
+from npr_megatron.engine.compute.host_kernels import Floats, Indices, exp
+from npr_megatron.records import randomness
+from npr_megatron.records.randomness import UInt64Array
+
+register_jitable(randomness.mix)
+_uniforms = inlined(randomness.uniforms)
 
 _BLOCK = 128
 """Tokens whose weights are summed together: the search for a token passes over whole blocks."""
@@ -17,6 +26,32 @@ _LEAST = np.float32(-40.0)
 """Logits so far below the largest have no weight: 4e-18 of it."""
 
 Doubles = npt.NDArray[np.float64]
+
+
+class Drawn(NamedTuple):
+    """S tokens drawn, and the log-probs of M."""
+
+    tokens: Indices
+    """[S]"""
+    logprobs: Doubles
+    """[M] of these tokens, then of those known: NaN where a row is no distribution."""
+    totals: Doubles
+    """[M] log-sum-exp of each row."""
+
+
+def draw_next(logits: Floats, keys: UInt64Array, counters: UInt64Array, known: Indices) -> Drawn:
+    """Draw a token from each of the first S of [M, V] logits; look up the ``known`` ones of the
+    others.
+
+    Args:
+        keys: [S] of ``randomness.uniforms``.
+        counters: [S]
+        known: [M - S] ids.
+    """
+    tokens = np.empty(len(logits), np.int64)
+    logprobs, totals = np.empty(len(logits)), np.empty(len(logits))
+    _draw_next(logits, keys, counters, known, tokens, logprobs, totals)
+    return Drawn(tokens[: len(keys)], logprobs, totals)
 
 
 def draw_and_total(logits: Floats, uniforms: Doubles) -> tuple[Indices, Doubles]:
@@ -29,6 +64,25 @@ def draw_and_total(logits: Floats, uniforms: Doubles) -> tuple[Indices, Doubles]
     totals = np.empty(len(logits), np.float64)
     _draw(logits, uniforms, tokens, totals)
     return tokens, totals
+
+
+@compiled
+def _draw_next(
+    logits: Floats,
+    keys: UInt64Array,
+    counters: UInt64Array,
+    known: Indices,
+    tokens: Indices,
+    logprobs: Doubles,
+    totals: Doubles,
+) -> None:
+    num_drawn = len(keys)
+    numbers = np.zeros(len(logits))
+    numbers[:num_drawn] = _uniforms(keys, counters)
+    _draw(logits, numbers, tokens, totals)
+    tokens[num_drawn:] = known
+    for row in range(len(logits)):
+        logprobs[row] = np.float64(logits[row, tokens[row]]) - totals[row]
 
 
 @compiled

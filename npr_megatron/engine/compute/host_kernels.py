@@ -4,23 +4,20 @@ A decode step of a small model is hundreds of tiny operations, each of which cos
 start than to compute. Here each is one loop, compiled by numba: a row of single queries reads its
 keys where they lie in the pool instead of from a copy, and costs no more for being ragged.
 
-Compiling takes some seconds, once per machine: results are cached beside this file, or in
-``NUMBA_CACHE_DIR``. All arrays are C contiguous. NaN stays NaN, which is how the engine finds
-broken weights, so compilers may reorder sums but not assume that all is finite.
+All arrays are C contiguous.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-_REORDER = {"reassoc", "contract", "arcp", "nsz", "afn"}
+from npr_megatron.engine.compiled import compiled, inlined
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -30,9 +27,6 @@ _LINE = 16
 """Floats of a cache line."""
 _FETCHED = 1 << 15
 """Floats asked for in advance: 128 KiB."""
-
-compiled: Any = numba.njit(fastmath=_REORDER, cache=True, nogil=True, error_model="numpy")
-inlined: Any = numba.njit(fastmath=_REORDER, inline="always", error_model="numpy")
 
 
 @inlined

@@ -100,9 +100,11 @@ class LocalRunner:
                 reader = FlashInferReader(library, self.model, BucketLimits(num_rows, _MAX_LISTED))
             self._graphs = GraphedDecode(StaticDecode(self.model, reader), self.device)
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
-        """Write the keys and values of ``batch``; return [M, V] fp32 logits, M may be 0."""
+        """Write the keys and values of ``batch``; return [M, V] fp32 logits, M may be 0.
+
+        To be called in inference mode.
+        """
         rows = None if self._graphs is None else decode_rows(batch)
         if self._graphs is not None and rows is not None:
             logits = self._graphs.run(rows)
@@ -116,12 +118,12 @@ class LocalRunner:
         return self.model.logits(hidden.index_select(0, logit_index))
 
     def _place(self, batch: Batch) -> Placed:
-        placed = to_device(batch, self._upload)
         kv_cache = self.model.kv_cache
-        if kv_cache[0].device.type == "cpu" and kv_cache[0].dtype == torch.float32:
-            attend = HostAttention(kv_cache, batch, placed.groups)
-        else:
-            attend = PooledAttention(kv_cache, placed.slots, placed.groups)
+        if self.device.type == "cpu" and kv_cache[0].dtype == torch.float32:
+            arrays = (batch.token_ids, batch.position_ids, batch.logit_index)
+            return Placed(*map(torch.from_numpy, arrays), HostAttention(kv_cache, batch))
+        placed = to_device(batch, self._upload)
+        attend = PooledAttention(kv_cache, placed.slots, placed.groups)
         return Placed(placed.token_ids, placed.position_ids, placed.logit_index, attend)
 
     @torch.inference_mode()

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from npr_megatron.engine.compute.cdf import FloatRows, chunks, inverse_cdf, log_total, log_totals
 from npr_megatron.engine.compute.filters import shaped_weights
-from npr_megatron.engine.compute.host_draw import draw_and_total
+from npr_megatron.engine.compute.host_draw import draw_next
 from npr_megatron.engine.compute.penalties import penalised
 from npr_megatron.engine.flow.flow import Stream
-from npr_megatron.records.randomness import uniforms
+from npr_megatron.records.randomness import UInt64Array, uniforms
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +41,7 @@ class SamplingRows:
         """Return what the requests of ``streams`` ask for, and each stream's next number."""
         requests = [stream.flow.request for stream in streams]
         shape = [(r.temperature, r.top_k, r.top_p, r.min_p) for r in requests]
-        return cls(np.array(shape, dtype=np.float64), _next_numbers(streams))
+        return cls(np.array(shape, dtype=np.float64), uniforms(*_next(streams)))
 
     @property
     def temperature(self) -> FloatRows:
@@ -68,17 +68,26 @@ def choose(
     Returns:
         The tokens, and M log-probs under the full distribution: NaN where a row is none.
     """
-    if not streams:
-        drawn, totals_M = [], log_totals(logits_MV)
-    elif all(stream.flow.draws_from_policy for stream in streams):
-        drawn_M, totals_M = _draw_and_total(logits_MV, _next_numbers(streams))
+    is_plain = all(stream.flow.draws_from_policy for stream in streams)
+    if is_plain and logits_MV.device.type == "cpu":
+        found = draw_next(logits_MV.numpy(), *_next(streams), np.array(known, np.int64))
+        drawn, totals_M = found.tokens.tolist(), torch.from_numpy(found.totals)
+        if all(stream.flow.teacher is None for stream in streams):
+            return drawn, found.logprobs.tolist()
+    elif is_plain:
+        drawn_M, totals_M = draw_plain(logits_MV, uniforms(*_next(streams)))
         drawn = drawn_M.tolist()
     else:
         scores_MV = penalised(logits_MV[: len(streams)], streams)
         drawn, totals_M = draw(scores_MV, SamplingRows.of(streams)).tolist(), log_totals(logits_MV)
-    tokens = [_taught(stream, token) for stream, token in zip(streams, drawn, strict=False)]
-    labels_M = torch.tensor([*tokens, *known], dtype=torch.int64).to(logits_MV.device)
-    return tokens, (logits_MV.gather(-1, labels_M[:, None])[:, 0] - totals_M).tolist()
+    tokens = [_taught(stream, token) for stream, token in zip(streams, drawn, strict=True)]
+    return tokens, _logprobs(logits_MV, np.array([*tokens, *known], np.int64), totals_M)
+
+
+def _logprobs(logits_MV: Tensor, labels_M: npt.NDArray[np.int64], totals_M: Tensor) -> list[float]:
+    """Return the log-prob of each row's label."""
+    labels = torch.from_numpy(labels_M).to(logits_MV.device)
+    return (logits_MV.gather(-1, labels[:, None])[:, 0] - totals_M).tolist()
 
 
 def _taught(stream: Stream, token_id: int) -> int:
@@ -90,24 +99,21 @@ def _taught(stream: Stream, token_id: int) -> int:
     return token_id if taught is None else taught
 
 
-def _next_numbers(streams: Sequence[Stream]) -> FloatRows:
-    """Return [M] each stream's number for its next token."""
-    return uniforms(
+def _next(streams: Sequence[Stream]) -> tuple[UInt64Array, UInt64Array]:
+    """Return [M] key and counter of each stream's number for its next token."""
+    return (
         np.array([stream.key for stream in streams], dtype=np.uint64),
         np.array([stream.index for stream in streams], dtype=np.uint64),
     )
 
 
-def _draw_and_total(logits_MV: Tensor, uniforms_M: FloatRows) -> tuple[Tensor, Tensor]:
+def draw_plain(logits_MV: Tensor, uniforms_M: FloatRows) -> tuple[Tensor, Tensor]:
     """Return :func:`draw` of plain rows and :func:`log_totals`, from one softmax.
 
     Rows beyond the numbers given are drawn as well, for nobody.
     """
     numbers = np.zeros(len(logits_MV))
     numbers[: len(uniforms_M)] = uniforms_M
-    if logits_MV.device.type == "cpu":
-        tokens_M, totals_M = draw_and_total(logits_MV.numpy(), numbers)
-        return torch.from_numpy(tokens_M), torch.from_numpy(totals_M)
     drawn: list[Tensor] = []
     totals: list[Tensor] = []
     for chunk in chunks(logits_MV):

@@ -147,6 +147,7 @@ class Follower:
                 raise
             self._verdict = _READY
 
+    @torch.inference_mode()
     def follow(self) -> None:
         """Carry out the leader's orders until it closes.
 

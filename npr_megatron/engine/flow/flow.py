@@ -57,9 +57,9 @@ class Stream:
         """Append a token, charge it, and return its position."""
         flow, segment = self.flow, self.segment
         if segment.branch:
-            position = flow.cursor.place_branch(segment.branch).position
+            position = flow.cursor.advance_branch(segment.branch)
         else:
-            position = flow.cursor.place_trunk().position
+            position = flow.cursor.advance_trunk()
         segment.append(token_id, position, forced, logprob, version)
         self.index += 1
         flow.ledger.total += 1

@@ -89,4 +89,6 @@ def linearise(segments: Sequence[Segment]) -> dict[str, npt.NDArray[Any]]:
 
 
 def _chain(lists: Sequence[Sequence[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    if len(lists) == 1:
+        return np.array(lists[0], dtype=dtype)
     return np.array(list(itertools.chain.from_iterable(lists)), dtype=dtype)

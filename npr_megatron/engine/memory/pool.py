@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from npr_megatron.engine.compiled import compiled
 from npr_megatron.errors import EnvironmentFault
 
 SlotArray = npt.NDArray[np.int32]
@@ -121,8 +122,13 @@ class SlotPool:
     def append_one_each(self, rows: RowArray) -> SlotArray:
         """Append one slot to each of several distinct rows: the decode step, vectorised."""
         slots = self._take(len(rows))
-        self.table[rows, self.length[rows]] = slots
-        self.length[rows] += 1
+        _append(self.table, self.length, rows, slots)
+        return slots
+
+    def read_each(self, rows: RowArray) -> RowArray:
+        """Return [B, L] the slots several rows read, padded with slot 0."""
+        slots = np.zeros((len(rows), int(self.length[rows].max())), np.int64)
+        _read(self.table, self.length, rows, slots)
         return slots
 
     def read(self, row: int) -> SlotArray:
@@ -219,3 +225,19 @@ class SlotPool:
         )
         self._is_open = np.concatenate([self._is_open, np.zeros(more, dtype=np.bool_)])
         self._free_rows.extend(range(num_rows + more - 1, num_rows - 1, -1))
+
+
+@compiled
+def _append(table: SlotArray, length: RowArray, rows: RowArray, slots: SlotArray) -> None:
+    for index in range(len(rows)):
+        row = rows[index]
+        table[row, length[row]] = slots[index]
+        length[row] += 1
+
+
+@compiled
+def _read(table: SlotArray, length: RowArray, rows: RowArray, slots: RowArray) -> None:
+    for index in range(len(rows)):
+        row = rows[index]
+        for place in range(length[row]):
+            slots[index, place] = table[row, place]

@@ -1,8 +1,8 @@
 """Lays streams and feeds out as one flat batch for the model. numpy only; a batch can be pickled.
 
-Streams that feed a single token come first, families that share a beginning together, sorted by
-length and cut where that pays; feeds follow in groups of similar length, each padded to its own
-longest, so a prompt of hundreds of tokens does not pad a header of four.
+Streams that feed a single token come first, families that share a beginning together; feeds follow
+in groups of similar length, each padded to its own longest, so a prompt of hundreds of tokens does
+not pad a header of four.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from npr_megatron.engine.flow.flow import Stream
 from npr_megatron.engine.flow.segment import Segment
@@ -20,7 +21,7 @@ from npr_megatron.engine.schedule.feed import Feed
 from npr_megatron.records.trajectory import BoolArray
 
 _LENGTH_RATIO = 0.75
-"""Rows shorter than this share of the longest may be read as a group of their own."""
+"""Feeds that read less than this share of the longest may be a group of their own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,11 +77,15 @@ def assemble(
         the other logits predict.
     """
     groups, own_slots, order = _place_streams(streams, pool)
-    last = [(stream.segment.token_ids[-1], stream.segment.position_ids[-1]) for stream in streams]
-    last_T2 = np.array(last, np.int64).reshape(-1, 2)[order]
-    token_ids, position_ids, slots = [last_T2[:, 0]], [last_T2[:, 1]], [own_slots]
-    # Attention wants rows sorted by length, results are wanted in the order given.
-    sampled, logit_index = list(streams), [np.argsort(order)]
+    last = [stream.segment.token_ids[-1] for stream in streams]
+    places = [stream.segment.position_ids[-1] for stream in streams]
+    token_ids = [np.array(last, np.int64)[order]]
+    position_ids = [np.array(places, np.int64)[order]]
+    slots = [own_slots]
+    # Families lie together in the batch, results are wanted in the order given.
+    index = np.empty_like(order)
+    index[order] = np.arange(len(order))
+    sampled, logit_index = list(streams), [index]
     scored: list[tuple[Segment, int]] = []
     scored_index: list[int] = []
     last_index: dict[Stream, int] = {}
@@ -102,41 +107,44 @@ def assemble(
     if feeds:
         logit_index.append(np.array([last_index[s] for s in opened] + scored_index, np.int64))
     batch = Batch(
-        token_ids=np.concatenate(token_ids),
-        position_ids=np.concatenate(position_ids),
-        slots=np.concatenate(slots, dtype=np.int64),
+        token_ids=_joined(token_ids),
+        position_ids=_joined(position_ids),
+        slots=_joined(slots),
         groups=groups,
-        logit_index=np.concatenate(logit_index),
+        logit_index=_joined(logit_index),
     )
     return batch, sampled, scored
+
+
+def _joined(parts: Sequence[npt.NDArray[np.integer]]) -> IndexArray:
+    return np.concatenate(parts, dtype=np.int64) if len(parts) > 1 else parts[0].astype(np.int64)
 
 
 def _place_streams(
     streams: Sequence[Stream], pool: SlotPool
 ) -> tuple[list[QueryGroup], SlotArray, IndexArray]:
-    """Append one slot per stream; return groups of rows of similar length, the slots, the order."""
+    """Append one slot per stream; return a group per family, the slots, the order of the rows."""
     if not streams:
         return [], np.zeros(0, np.int32), np.zeros(0, np.int64)
     rows = np.array([stream.row for stream in streams], dtype=np.int64)
-    families = find_families(rows, pool)
-    order = np.lexsort((pool.length[rows], families.labels))
-    rows = rows[order]
+    labels, num_shared = find_families(rows, pool)
+    order, sizes = np.arange(len(rows)), [len(rows)]
+    if len(num_shared) > 1:
+        order = labels.argsort(kind="stable")
+        rows = rows[order]
+        sizes = np.bincount(labels, minlength=len(num_shared)).tolist()
     slots = pool.append_one_each(rows)
-    lengths = pool.length[rows]
     groups: list[QueryGroup] = []
-    first = 0
-    sizes = np.bincount(families.labels, minlength=len(families.num_shared)).tolist()
-    for size, num_shared in zip(sizes, families.num_shared, strict=True):
-        last = first + size
-        for start, stop in _length_ranges(lengths[first:last] - num_shared):
-            part = slice(first + start, first + stop)
-            groups.append(_single_group(rows[part], lengths[part], part.start, num_shared, pool))
-        first = last
+    start = 0
+    for size, shared in zip(sizes, num_shared, strict=True):
+        if size:
+            groups.append(_single_group(rows[start : start + size], start, shared, pool))
+        start += size
     return groups, slots, order
 
 
 def _length_ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
-    """Cut ascending ``lengths`` where reading the shorter rows apart pays."""
+    """Cut ascending ``lengths`` where reading the shorter feeds apart pays."""
     ranges: list[tuple[int, int]] = []
     stop = len(lengths)
     while stop:
@@ -149,14 +157,12 @@ def _length_ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
     return ranges[::-1]
 
 
-def _single_group(
-    rows: IndexArray, lengths: IndexArray, start: int, num_shared: int, pool: SlotPool
-) -> QueryGroup:
+def _single_group(rows: IndexArray, start: int, num_shared: int, pool: SlotPool) -> QueryGroup:
     return QueryGroup(
         start=start,
         count=len(rows),
-        keys=pool.table[rows, : lengths[-1]].astype(np.int64),
-        lengths=lengths,
+        keys=pool.read_each(rows),
+        lengths=pool.length[rows],
         num_shared=num_shared if len(rows) > 1 else 0,
     )
 

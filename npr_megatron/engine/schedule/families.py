@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from npr_megatron.engine.compiled import compiled
 from npr_megatron.engine.memory.pool import NO_PARENT, SlotPool
 
 IndexArray = npt.NDArray[np.int64]
@@ -34,6 +35,24 @@ class Families(NamedTuple):
     """Slots that all rows of a family read first; 0 for family 0."""
 
 
+@compiled
+def _may_save(rows: IndexArray, own_start: IndexArray, parent: IndexArray) -> bool:
+    """Return False where no beginning can save enough: each row has a prompt of its own, and the
+    prompts are alike in their first words only.
+    """
+    least = MIN_SAVED_READS / (len(rows) - 1)
+    for index in range(len(rows)):
+        lender = parent[rows[index]]
+        if lender == NO_PARENT or own_start[rows[index]] < least:
+            continue
+        if own_start[lender] >= least:
+            return True
+        for other in range(index):
+            if parent[rows[other]] == lender:
+                return True
+    return False
+
+
 class _Beginning(NamedTuple):
     length: int
     members: npt.NDArray[np.bool_]
@@ -43,7 +62,7 @@ class _Beginning(NamedTuple):
 def find_families(rows: IndexArray, pool: SlotPool) -> Families:
     """Return the families among distinct open ``rows`` that save the most reads."""
     labels, num_shared = np.zeros(len(rows), dtype=np.int64), [0]
-    if len(rows) < 2:
+    if len(rows) < 2 or not _may_save(rows, pool.own_start, pool.parent):
         return Families(labels, num_shared)
     saved_by_row = np.zeros(len(rows))
     for length, members, num_saved in _beginnings(rows, pool):

@@ -137,7 +137,7 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """Decide what one step computes, and take the slots for its feeds."""
         plan = StepPlan()
-        self._num_promised = sum(len(tree.round) for tree in self.running)
+        self._num_promised = sum([len(tree.round) for tree in self.running])
         ready = [tree for tree in self.running if not tree.is_filling]
         for tree in ready:
             if tree.prefix is not None:  # not suspended meanwhile, in favour of an older one
@@ -236,6 +236,9 @@ class Scheduler:
         if not self.running:
             return True
         trees = [*self.running, tree]
+        most = sum(other.flow.request.max_new_tokens for other in trees)
+        if self.prefixes.fits(tree.shared_tokens, most):
+            return True
         held = [other.flow.ledger.total for other in trees]
         growth = peak_slots(held, [self._expected(other) for other in trees]) - sum(held[:-1])
         at_once = tree.num_suspended_slots + tree.flow.num_tokens_due + self._num_promised

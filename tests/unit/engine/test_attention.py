@@ -46,8 +46,7 @@ class _Inputs:
         return PooledAttention([self.cache.clone()], placed.slots, placed.groups)(0, self.heads)
 
     def in_place(self, batch: Batch) -> Tensor:
-        groups = to_device(batch, Upload(_CPU)).groups
-        return HostAttention([self.cache.clone()], batch, groups)(0, self.heads)
+        return HostAttention([self.cache.clone()], batch)(0, self.heads)
 
     def expected(self, batch: Batch, reads: list[list[int]]) -> Tensor:
         cache = self.cache.clone()

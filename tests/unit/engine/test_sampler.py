@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from npr_megatron.engine.compute.cdf import log_totals, log_totals_in_torch
 from npr_megatron.engine.compute.host_draw import draw_and_total
-from npr_megatron.engine.compute.sampler import SamplingRows, choose, draw
+from npr_megatron.engine.compute.sampler import SamplingRows, choose, draw, draw_plain
 from npr_megatron.engine.flow.flow import Flow
 from npr_megatron.records.trajectory import DecodeMode
 from npr_megatron.schema.grammar import Grammar
@@ -261,6 +261,11 @@ def test_choosing_is_drawing_and_totalling_with_rows_to_spare(
     tokens, logprobs = choose(logits, streams, known)
     assert tokens == draw(logits[:50], SamplingRows.of(streams)).tolist()
     assert logprobs == expected(tokens)
+    if temperature == 1.0:
+        numbers = SamplingRows.of(streams).uniforms
+        drawn, totals = draw_plain(logits, numbers)
+        assert drawn[:50].tolist() == tokens
+        assert (totals - log_totals(logits)).abs().max() < 1e-7
     nothing, behind = choose(logits[50:], [], known)
     assert nothing == []
     assert behind == logprobs[50:]
