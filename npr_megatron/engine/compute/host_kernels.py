@@ -50,8 +50,7 @@ def exp(x: np.float32) -> np.float32:
     return value * np.int32((np.int32(power) + 127) << 23).view(np.float32)
 
 
-@intrinsic
-def _prefetch(context: Any, array: Any, index: Any) -> tuple[Any, Any]:
+def _prefetch_of(context: Any, array: Any, index: Any) -> tuple[Any, Any]:
     """Ask for the cache line of ``array[index]``; what LLVM calls ``llvm.prefetch``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -66,6 +65,9 @@ def _prefetch(context: Any, array: Any, index: Any) -> tuple[Any, Any]:
         return context.get_dummy_value()
 
     return types.void(array, index), generate
+
+
+_prefetch: Any = intrinsic(_prefetch_of)
 
 
 @compiled

@@ -121,7 +121,8 @@ class LocalRunner:
         kv_cache = self.model.kv_cache
         if self.device.type == "cpu" and kv_cache[0].dtype == torch.float32:
             arrays = (batch.token_ids, batch.position_ids, batch.logit_index)
-            return Placed(*map(torch.from_numpy, arrays), HostAttention(kv_cache, batch))
+            token_ids, position_ids, logit_index = map(torch.from_numpy, arrays)
+            return Placed(token_ids, position_ids, logit_index, HostAttention(kv_cache, batch))
         placed = to_device(batch, self._upload)
         attend = PooledAttention(kv_cache, placed.slots, placed.groups)
         return Placed(placed.token_ids, placed.position_ids, placed.logit_index, attend)
