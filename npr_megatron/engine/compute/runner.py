@@ -20,7 +20,6 @@ from npr_megatron.engine.compute.flashinfer import (
 )
 from npr_megatron.engine.compute.graphs import GraphedDecode
 from npr_megatron.engine.compute.host_attention import HostAttention
-from npr_megatron.engine.compute.host_memory import keep_freed_memory
 from npr_megatron.engine.compute.model import EngineModel
 from npr_megatron.engine.compute.ranks import Ranks
 from npr_megatron.engine.compute.scoring import score
@@ -76,8 +75,6 @@ class LocalRunner:
     ) -> None:
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
-        if not on_gpu:
-            keep_freed_memory()
         self.model = EngineModel(
             model,
             # Padding of static steps has a slot behind the pool to write to.
