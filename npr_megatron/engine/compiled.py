@@ -1,19 +1,28 @@
 """How loops are compiled: by numba, for the CPU at hand.
 
-Compiling takes a second per function, once per machine: results are cached beside the sources or in
-``NUMBA_CACHE_DIR``. Compilers may reorder sums but not assume that all is finite: NaN stays NaN,
-which is how the engine finds broken weights.
+Compiling takes a second per function, once per machine: results are kept beside the sources, in the
+home directory, or in ``NUMBA_CACHE_DIR``. Compilers may reorder sums but not assume that all is
+finite: NaN stays NaN, which is how the engine finds broken weights. Indices are not checked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
 
-_REORDER = {"reassoc", "contract", "arcp", "nsz", "afn"}
+_OPTIONS = {"fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"}, "error_model": "numpy"}
 
-compiled: Any = numba.njit(fastmath=_REORDER, cache=True, nogil=True, error_model="numpy")
-"""Decorates a function that Python calls."""
-inlined: Any = numba.njit(fastmath=_REORDER, inline="always", error_model="numpy")
-"""Decorates a part of compiled functions."""
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Decorate a function that Python calls; it lets other threads run."""
+    try:
+        return numba.njit(function, cache=True, nogil=True, **_OPTIONS)
+    except RuntimeError:  # nowhere to keep it: this process compiles for itself
+        return numba.njit(function, nogil=True, **_OPTIONS)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Decorate a part of compiled functions."""
+    return numba.njit(function, inline="always", **_OPTIONS)

@@ -4,6 +4,7 @@ they lie; only long runs, and beginnings that many rows share, are worth a copy 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class HostAttention:
             rows = _Rows(slice(group.start, group.start + group.count), keys, lengths)
             num_products = int(lengths.sum()) * kv_cache[0][0].numel()
             if num_threads > 1 and num_products >= _LEAST_SHARED_OUT:
-                self._threads = _threads(num_threads)
+                self._threads = _threads(num_threads, os.getpid())
                 self._rows += rows.parts(num_threads)
             else:
                 self._rows.append(rows)
@@ -100,5 +101,6 @@ class HostAttention:
 
 
 @cache
-def _threads(count: int) -> ThreadPoolExecutor:
+def _threads(count: int, process: int) -> ThreadPoolExecutor:
+    """Return the threads of ``process``: a fork has none of its parent's."""
     return ThreadPoolExecutor(count, thread_name_prefix="npr-attention")

@@ -82,6 +82,8 @@ def _draw_next(
     _draw(logits, numbers, tokens, totals)
     tokens[num_drawn:] = known
     for row in range(len(logits)):
+        if not 0 <= tokens[row] < logits.shape[1]:
+            raise IndexError("a known token is not in the vocabulary")
         logprobs[row] = np.float64(logits[row, tokens[row]]) - totals[row]
 
 
@@ -120,8 +122,10 @@ def _weigh(scores: Floats, top: np.float32, weights: Floats) -> float:
 @inlined
 def _find(weights: Floats, sums: Doubles, point: float) -> int:
     """Return the first token whose cumulative weight exceeds ``point``, or the last with weight."""
-    block = 0
-    while block < len(sums) - 1 and point >= sums[block]:
+    block, last = 0, len(sums) - 1
+    while last > 0 and sums[last] == 0.0:
+        last -= 1
+    while block < last and point >= sums[block]:
         point -= sums[block]
         block += 1
     found = block * _BLOCK

@@ -231,6 +231,8 @@ class SlotPool:
 def _append(table: SlotArray, length: RowArray, rows: RowArray, slots: SlotArray) -> None:
     for index in range(len(rows)):
         row = rows[index]
+        if length[row] >= table.shape[1]:
+            raise IndexError("a row was to hold more tokens than it was opened for")
         table[row, length[row]] = slots[index]
         length[row] += 1
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npr_megatron.engine.compute.cdf import log_totals, log_totals_in_torch
-from npr_megatron.engine.compute.host_draw import draw_and_total
+from npr_megatron.engine.compute.host_draw import draw_and_total, draw_next
 from npr_megatron.engine.compute.sampler import SamplingRows, choose, draw, draw_plain
 from npr_megatron.engine.flow.flow import Flow
 from npr_megatron.records.trajectory import DecodeMode
@@ -79,6 +79,22 @@ def test_one_loop_draws_what_a_slow_loop_draws(num_tokens: int) -> None:
     assert tokens.tolist() == [slow_draw(row, PLAIN, number) for row, number in pairs]
     expected = torch.logsumexp(torch.from_numpy(logits).double(), dim=-1).numpy()
     assert np.abs(totals - expected).max() < 1e-7
+
+
+def test_one_loop_never_draws_a_token_of_no_mass() -> None:
+    """Neither in front of all others nor behind them, where whole blocks have none."""
+    logits = np.full((64, 6000), -500.0, np.float32)
+    logits[:, 700:1500] = np.random.default_rng(0).normal(0.0, 3.0, (64, 800))
+    for number in (0.0, 5e-324, LARGEST):
+        tokens, _ = draw_and_total(logits, np.full(64, number))
+        assert ((tokens >= 700) & (tokens < 1500)).all()
+
+
+def test_a_known_token_outside_of_the_vocabulary_is_refused() -> None:
+    nothing = np.zeros(0, np.uint64)
+    for token in (-1, 9):
+        with pytest.raises(IndexError, match="vocabulary"):
+            draw_next(np.zeros((1, 9), np.float32), nothing, nothing, np.array([token]))
 
 
 @QUICK
