@@ -8,6 +8,8 @@ headers at once, a join feeds the last branch's end and the takeaway at once.
 
 ``DenseAttention`` serves scoring: whole trajectories, padded, under an explicit mask, touching no
 slot.
+
+On a CPU in fp32 ``host_attention`` does what ``PooledAttention`` does.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ to share a step does not change a sample. Whatever shapes the draw, the recorded
 the full distribution at temperature 1, which is the policy the trainer differentiates.
 
 Order: penalties (``penalties``), temperature, top-k, top-p, min-p (``filters``), draw (``cdf``).
-Rows at the defaults pay for none but the last.
+Rows at the defaults pay for none but the last, which on a CPU is one loop (``host_draw``).
 """
 
 from __future__ import annotations

@@ -16,10 +16,12 @@ import numpy.typing as npt
 from npr_megatron.engine.flow.flow import Stream
 from npr_megatron.engine.flow.segment import Segment
 from npr_megatron.engine.memory.pool import SlotArray, SlotPool
-from npr_megatron.engine.schedule.families import MIN_SAVED_READS, IndexArray, find_families
+from npr_megatron.engine.schedule.families import IndexArray, find_families
 from npr_megatron.engine.schedule.feed import Feed
 from npr_megatron.records.trajectory import BoolArray
 
+_MIN_SAVED_READS = 1536
+"""Slots that feeds must read less for a group of their own to pay for its kernels."""
 _LENGTH_RATIO = 0.75
 """Feeds that read less than this share of the longest may be a group of their own."""
 
@@ -150,7 +152,7 @@ def _length_ranges(lengths: np.ndarray) -> list[tuple[int, int]]:
     while stop:
         longest = int(lengths[stop - 1])
         start = int(np.searchsorted(lengths[:stop], longest * _LENGTH_RATIO))
-        if start and start * (longest - int(lengths[start - 1])) < MIN_SAVED_READS:
+        if start and start * (longest - int(lengths[start - 1])) < _MIN_SAVED_READS:
             start = 0
         ranges.append((start, stop))
         stop = start

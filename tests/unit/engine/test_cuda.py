@@ -252,10 +252,10 @@ def test_two_levels_of_flashinfer_equal_gathering(monkeypatch: pytest.MonkeyPatc
     rng = np.random.default_rng(4)
     pool = SlotPool(NUM_SLOTS)
     rows = rows_of_lengths(pool, [30, 9])
-    prompt = pool.open_row(None, 1500)
-    pool.append(prompt, 1500)
+    prompt = pool.open_row(None, 2500)
+    pool.append(prompt, 2500)
     for length in (3, 50, 1):
-        rows.append(pool.open_row(prompt, 1600))
+        rows.append(pool.open_row(prompt, 2600))
         pool.append(rows[-1], length)
     batch = decode_batch(rng, pool, rows, twins(LARGE_HEADS, torch.bfloat16, 4)[1])
     monkeypatch.setattr(flashinfer, "_CASCADE_BYTES", 1)

@@ -62,14 +62,14 @@ def random_batch(seed: int) -> Batch:
     return assemble(streams, feeds, pool)[0]
 
 
-def shared_batch(prompt_length: int) -> Batch:
+def shared_batch(prompt_length: int, num_rollouts: tuple[int, int] = (4, 3)) -> Batch:
     """Two families behind prompts of this length, and rows that share with nobody."""
     rng, pool = np.random.default_rng(3), SlotPool(NUM_SLOTS)
     rows = rows_of_lengths(pool, [1, 40])
-    for num_rollouts in (4, 3):
+    for num_rows in num_rollouts:
         prompt = pool.open_row(None, prompt_length)
         pool.append(prompt, prompt_length)
-        for _ in range(num_rollouts):
+        for _ in range(num_rows):
             rows.append(pool.open_row(prompt, prompt_length + 60))
             pool.append(rows[-1], int(rng.integers(1, 50)))
     return decode_batch(rng, pool, rows, model_with(0))
@@ -126,7 +126,7 @@ def test_the_comparison_sees_a_wrong_slot_and_a_missing_mask(monkeypatch: pytest
 
 def test_two_levels_give_what_the_groups_give(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(flashinfer, "_CASCADE_BYTES", 1)
-    batch = shared_batch(1500)
+    batch = shared_batch(2500)
     paged, pooled, batches = both(batch)
     torch.testing.assert_close(paged, pooled)
     assert vars(batches)["_levels"].num_plans == 1
@@ -134,11 +134,11 @@ def test_two_levels_give_what_the_groups_give(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_two_levels_share_each_beginning_once_and_leave_no_row_empty():
-    rows = decode_rows(shared_batch(1500))
+    rows = decode_rows(shared_batch(2500))
     assert rows is not None
     cascade = cascade_of(rows)
     assert cascade is not None
-    assert cascade.num_saved == 3 * 1500 + 2 * 1500
+    assert cascade.num_saved == 3 * 2500 + 2 * 2500
     np.testing.assert_array_equal(cascade.shared.tokens, cascade.own.tokens)
     assert sorted(np.diff(cascade.shared.query_indptr).tolist()) == [1, 1, 3, 4]
     assert (np.diff(cascade.shared.key_indptr) > 0).all()
@@ -146,8 +146,9 @@ def test_two_levels_share_each_beginning_once_and_leave_no_row_empty():
 
 
 def test_short_beginnings_are_read_by_every_row():
-    rows = decode_rows(shared_batch(600))
+    rows = decode_rows(shared_batch(700, num_rollouts=(9, 8)))
     assert rows is not None
+    assert max(rows.num_shared) == 700
     assert cascade_of(rows) is None
 
 
@@ -179,7 +180,7 @@ def test_buckets_of_decode_steps_differ_in_rows_only(monkeypatch: pytest.MonkeyP
         assert rows is not None
         found.append(reader.bucket(rows))
     assert found == [Bucket(16, 0), Bucket(16, 0), Bucket(4, 0), None]
-    shared = decode_rows(shared_batch(1500))
+    shared = decode_rows(shared_batch(2500))
     assert shared is not None
     assert reader.bucket(shared) == Bucket(16, 0)
     monkeypatch.setattr(flashinfer, "_CASCADE_BYTES", 1)
