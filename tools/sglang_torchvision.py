@@ -25,10 +25,10 @@ class _Declare(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname == "torchvision":
             sys.meta_path.remove(self)
-            import torch
+            from torch import library
 
             for operator in ("nms", "qnms"):
-                torch.library.define(f"torchvision::{operator}", _SCHEMA)
+                library.define(f"torchvision::{operator}", _SCHEMA)
         return None
 
 

@@ -1,5 +1,8 @@
 """Sums over a vocabulary that are exact in any order, and what is read off them: draws, log-probs.
 
+Rows that are drawn as the weights say, and all totals, take ``host_draw``'s loop on a CPU instead:
+its sums differ from these by rounding, less than 1e-7 of a log-prob.
+
 Weights are fp32 probabilities rounded to multiples of 2^-52, and sums of such numbers below 2 are
 exact in float64. So a sum depends neither on the rows that share the batch, nor on threads, nor on
 the device, and the CDF can be searched in two levels, blocks first, without changing a draw.

@@ -21,7 +21,10 @@ from npr_megatron.engine.compute.device_batch import on_host
 from npr_megatron.engine.schedule.batch import Batch, IndexArray
 
 _LONGEST_RUN = 16
-"""Queries of a row that are read for one by one: above, products of matrices are faster."""
+"""Queries of a row that are read for one by one. Against copies and products of matrices that is
+2 to 3 times as fast for 2 queries, 1.6 times for 16 that begin a row, even for 16 behind 100 tokens
+and slower for more (64 to 1,024 floats per slot).
+"""
 _LEAST_SHARED_OUT = 1 << 19
 """Products per layer from which threads are worth waking: a quarter of a millisecond."""
 

@@ -41,7 +41,7 @@ class SamplingRows:
         """Return what the requests of ``streams`` ask for, and each stream's next number."""
         requests = [stream.flow.request for stream in streams]
         shape = [(r.temperature, r.top_k, r.top_p, r.min_p) for r in requests]
-        return cls(np.array(shape, dtype=np.float64), uniforms(*_next(streams)))
+        return cls(np.array(shape, dtype=np.float64), uniforms(*_keys_and_counters(streams)))
 
     @property
     def temperature(self) -> FloatRows:
@@ -70,12 +70,14 @@ def choose(
     """
     is_plain = all(stream.flow.draws_from_policy for stream in streams)
     if is_plain and logits_MV.device.type == "cpu":
-        found = draw_next(logits_MV.numpy(), *_next(streams), np.array(known, np.int64))
+        found = draw_next(
+            logits_MV.numpy(), *_keys_and_counters(streams), np.array(known, np.int64)
+        )
         drawn, totals_M = found.tokens.tolist(), torch.from_numpy(found.totals)
         if all(stream.flow.teacher is None for stream in streams):
             return drawn, found.logprobs.tolist()
     elif is_plain:
-        drawn_M, totals_M = draw_plain(logits_MV, uniforms(*_next(streams)))
+        drawn_M, totals_M = draw_plain(logits_MV, uniforms(*_keys_and_counters(streams)))
         drawn = drawn_M.tolist()
     else:
         scores_MV = penalised(logits_MV[: len(streams)], streams)
@@ -99,7 +101,7 @@ def _taught(stream: Stream, token_id: int) -> int:
     return token_id if taught is None else taught
 
 
-def _next(streams: Sequence[Stream]) -> tuple[UInt64Array, UInt64Array]:
+def _keys_and_counters(streams: Sequence[Stream]) -> tuple[UInt64Array, UInt64Array]:
     """Return [M] key and counter of each stream's number for its next token."""
     return (
         np.array([stream.key for stream in streams], dtype=np.uint64),

@@ -125,7 +125,7 @@ class SlotPool:
         _append(self.table, self.length, rows, slots)
         return slots
 
-    def read_each(self, rows: RowArray) -> RowArray:
+    def read_each(self, rows: RowArray) -> npt.NDArray[np.int64]:
         """Return [B, L] the slots several rows read, padded with slot 0."""
         slots = np.zeros((len(rows), int(self.length[rows].max())), np.int64)
         _read(self.table, self.length, rows, slots)
@@ -238,7 +238,7 @@ def _append(table: SlotArray, length: RowArray, rows: RowArray, slots: SlotArray
 
 
 @compiled
-def _read(table: SlotArray, length: RowArray, rows: RowArray, slots: RowArray) -> None:
+def _read(table: SlotArray, length: RowArray, rows: RowArray, slots: npt.NDArray[np.int64]) -> None:
     for index in range(len(rows)):
         row = rows[index]
         for place in range(length[row]):

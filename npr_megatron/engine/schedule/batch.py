@@ -88,26 +88,20 @@ def assemble(
     index = np.empty_like(order)
     index[order] = np.arange(len(order))
     sampled, logit_index = list(streams), [index]
-    scored: list[tuple[Segment, int]] = []
-    scored_index: list[int] = []
-    last_index: dict[Stream, int] = {}
+    placed: list[Feed] = []
     start = len(streams)
     for bucket in _buckets(feeds):
         groups.append(_feed_group(bucket, start))
-        for feed in bucket:
-            scored += feed.scored
-            scored_index += range(start, start + len(feed.scored))
-            start += len(feed.token_ids)
-            if feed.sampled is not None:
-                last_index[feed.sampled] = start - 1
-            token_ids.append(np.asarray(feed.token_ids, np.int64))
-            position_ids.append(np.asarray(feed.position_ids, np.int64))
-            slots.append(feed.slots)
-    # Buckets mix the branches of a fork, whose samples are taken in the order of the branches.
-    opened = [feed.sampled for feed in feeds if feed.sampled is not None]
-    sampled += opened
+        start += groups[-1].count
+        placed += bucket
+    token_ids += [np.asarray(feed.token_ids, np.int64) for feed in placed]
+    position_ids += [np.asarray(feed.position_ids, np.int64) for feed in placed]
+    slots += [feed.slots for feed in placed]
+    scored: list[tuple[Segment, int]] = []
     if feeds:
-        logit_index.append(np.array([last_index[s] for s in opened] + scored_index, np.int64))
+        opened, scored, feed_index = _feed_logits(feeds, placed, len(streams))
+        sampled += opened
+        logit_index.append(feed_index)
     batch = Batch(
         token_ids=_joined(token_ids),
         position_ids=_joined(position_ids),
@@ -116,6 +110,31 @@ def assemble(
         logit_index=_joined(logit_index),
     )
     return batch, sampled, scored
+
+
+def _feed_logits(
+    feeds: Sequence[Feed], placed: Sequence[Feed], start: int
+) -> tuple[list[Stream], list[tuple[Segment, int]], IndexArray]:
+    """Return the streams that take a sample, the tokens that are known, and the tokens of the batch
+    that predict the former, then the latter.
+
+    Args:
+        feeds: in the order given: buckets mix the branches of a fork, whose samples are taken in
+            the order of the branches.
+        placed: the same as they lie in the batch, from ``start`` on.
+    """
+    scored: list[tuple[Segment, int]] = []
+    scored_index: list[int] = []
+    last_index: dict[Stream, int] = {}
+    for feed in placed:
+        scored += feed.scored
+        scored_index += range(start, start + len(feed.scored))
+        start += len(feed.token_ids)
+        if feed.sampled is not None:
+            last_index[feed.sampled] = start - 1
+    opened = [feed.sampled for feed in feeds if feed.sampled is not None]
+    index = [*(last_index[stream] for stream in opened), *scored_index]
+    return opened, scored, np.array(index, np.int64)
 
 
 def _joined(parts: Sequence[npt.NDArray[np.integer]]) -> IndexArray:

@@ -35,24 +35,6 @@ class Families(NamedTuple):
     """Slots that all rows of a family read first; 0 for family 0."""
 
 
-@compiled
-def _may_save(rows: IndexArray, own_start: IndexArray, parent: IndexArray) -> bool:
-    """Return False where no beginning can save enough: each row has a prompt of its own, and the
-    prompts are alike in their first words only.
-    """
-    least = MIN_SAVED_READS / (len(rows) - 1)
-    for index in range(len(rows)):
-        lender = parent[rows[index]]
-        if lender == NO_PARENT or own_start[rows[index]] < least:
-            continue
-        if own_start[lender] >= least:
-            return True
-        for other in range(index):
-            if parent[rows[other]] == lender:
-                return True
-    return False
-
-
 class _Beginning(NamedTuple):
     length: int
     members: npt.NDArray[np.bool_]
@@ -72,6 +54,24 @@ def find_families(rows: IndexArray, pool: SlotPool) -> Families:
         num_shared.append(length)
         saved_by_row[members] = num_saved / members.sum()
     return Families(labels, num_shared)
+
+
+@compiled
+def _may_save(rows: IndexArray, own_start: IndexArray, parent: IndexArray) -> bool:
+    """Return False where no beginning can save enough: each row has a prompt of its own, and the
+    prompts are alike in their first words only.
+    """
+    least = MIN_SAVED_READS / (len(rows) - 1)
+    for index in range(len(rows)):
+        lender = parent[rows[index]]
+        if lender == NO_PARENT or own_start[rows[index]] < least:
+            continue
+        if own_start[lender] >= least:
+            return True
+        for other in range(index):
+            if parent[rows[other]] == lender:
+                return True
+    return False
 
 
 def _beginnings(rows: IndexArray, pool: SlotPool) -> list[_Beginning]:

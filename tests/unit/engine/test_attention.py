@@ -111,6 +111,7 @@ def test_threads_share_the_rows_out_and_change_nothing() -> None:
     alone = inputs.in_place(plain)
     try:
         torch.set_num_threads(3)
+        assert len(vars(HostAttention([inputs.cache], plain))["_rows"]) == 3
         shared_out = inputs.in_place(plain)
     finally:
         torch.set_num_threads(before)

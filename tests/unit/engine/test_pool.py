@@ -141,6 +141,17 @@ def test_an_exhausted_pool_says_what_to_raise() -> None:
         pool.append(row, 2)
 
 
+def test_a_row_takes_no_more_tokens_than_its_place_in_the_table() -> None:
+    """Compiled loops check no index by themselves."""
+    pool = SlotPool(1000)
+    row = np.array([pool.open_row(None, 5)])
+    width = pool.table.shape[1]
+    for _ in range(width):
+        pool.append_one_each(row)
+    with pytest.raises(IndexError, match="opened for"):
+        pool.append_one_each(row)
+
+
 def test_the_integrity_check_sees_a_slot_with_two_owners() -> None:
     pool = SlotPool(8)
     first, second = pool.open_row(None, 8), pool.open_row(None, 8)
