@@ -13,8 +13,9 @@ import torch
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.compute.model import storage_layout
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.engine.flow.flow import Teacher
+from npr_megatron.engine.interface import Engine
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import DecodeMode, IntArray, Trajectory
 from npr_megatron.schema.tags import Vocabulary
@@ -92,7 +93,7 @@ def tiny_engine(
         kv_after_push=kv_after_push,
         debug_checks=True,
     )
-    engine = Engine(model, config, vocabulary, clock=clock)
+    engine = EmbeddedEngine(model, config, vocabulary, clock=clock)
     engine.load(random_weights(model, seed) if weights is None else weights)
     return engine
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from npr_megatron.engine import decode
 from npr_megatron.engine.compute.runner import LocalRunner
-from npr_megatron.engine.engine import Engine
 from npr_megatron.engine.flow.flow import Stream
+from npr_megatron.engine.interface import Engine
 from npr_megatron.engine.schedule.batch import Batch
 
 

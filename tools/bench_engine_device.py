@@ -10,7 +10,7 @@ from bench_engine_models import Subject
 from bench_engine_workload import Workload, requests_of
 from bench_figures import Figure, bests
 
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.interface import Engine
 
 _PROMPT_TOKENS = 32
 _STEPS_BEFORE = 16

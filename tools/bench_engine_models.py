@@ -16,7 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import InitConfig, ModelConfig
 from npr_megatron.engine.compute.runner import Runner
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
+from npr_megatron.engine.interface import Engine
 from npr_megatron.schema.tags import Vocabulary
 from npr_megatron.weights.checkpoints.hf import random_init, write_hf
 from npr_megatron.weights.layouts import engine_layout
@@ -103,7 +104,7 @@ class Subject:
         """
         vocabulary = VOCABULARY if has_end else replace(VOCABULARY, eos=self.model.vocab_size)
         config = self.config(max_running)
-        engine = Engine(self.model, config, vocabulary, device=self.device, runner=runner)
+        engine = EmbeddedEngine(self.model, config, vocabulary, device=self.device, runner=runner)
         storages = engine.staging()
         if self.weights is None:
             for storage in storages.values():

@@ -15,8 +15,8 @@ from bench_engine_models import VOCABULARY, WORDS, Subject
 from bench_engine_workload import Workload, require_equal
 from bench_figures import Figure, bests
 
-from npr_megatron.engine.engine import Engine
 from npr_megatron.engine.flow.flow import Teacher
+from npr_megatron.engine.interface import Engine
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import DecodeMode
 from npr_megatron.schema.render import BlockTexts, render

@@ -15,7 +15,7 @@ from bench_engine_sglang import SglangServer, Taken
 from bench_engine_workload import Workload, serve, serve_by_hf
 from bench_figures import Figure, bests
 
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.interface import Engine
 
 
 def hf_figures(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from bench_engine_models import WORDS
 
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.interface import Engine
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import DecodeMode
 

@@ -9,9 +9,28 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from npr_megatron.config.base import Section
 
 
-class EngineConfig(Section):
-    """One embedded NPR Engine."""
+class SglangConfig(Section):
+    """What only the SGLang backend has."""
 
+    overlap: bool = True
+    """Schedule the next batch while one is computed."""
+    cuda_graphs: bool = True
+    """Capture decoding steps; without a GPU there is nothing to capture."""
+    attention_backend: str | None = None
+    """SGLang's name of its attention kernels; None is SGLang's choice for the device."""
+    start_timeout_s: PositiveFloat = 600.0
+    """An engine that does not serve by then is given up."""
+
+
+class EngineConfig(Section):
+    """One NPR Engine: a replica of the fleet, or what ``npr generate`` and ``npr serve`` run."""
+
+    backend: Literal["embedded", "sglang"] = "embedded"
+    """Who computes. ``embedded``: this package, on CPU or GPU. ``sglang``: SGLang, where it is
+    installed (``tools/setup_sglang``)."""
+    tp_size: PositiveInt = 1
+    """Devices that share one SGLang engine; the embedded one is cut by torchrun instead."""
+    sglang: SglangConfig = SglangConfig()
     dtype: Literal["fp32", "bf16"] = "fp32"
     weights: Literal["as_trained", "fp8"] = "as_trained"
     """How the matrices of the layers are kept. ``fp8``: e4m3 with one scale per block of 128 x 128;

@@ -5,7 +5,7 @@ fit or are not finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,23 @@ from npr_megatron.weights.quantise import QUANTISED
 
 _FINITE = (1e-5, 1e5)
 """Temperatures and penalties whose quotients with any score are finite in fp32."""
+
+
+def refusals(
+    request: GenerationRequest,
+    model: ModelConfig,
+    config: EngineConfig,
+    unfinished: Collection[str],
+) -> list[str]:
+    """Return one sentence, which names the request, for each reason why it cannot be queued.
+
+    Args:
+        unfinished: ids of the requests that are queued or decoded already.
+    """
+    problems = request_problems(request, model, config)
+    if request.request_id in unfinished:
+        problems.append("a request of this id is unfinished; wait for it or use another rollout")
+    return [f"request {request.request_id}: {problem}" for problem in problems]
 
 
 def request_problems(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.interface import Engine
 from npr_megatron.errors import DivergenceError
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import FinishReason, Trajectory

@@ -21,7 +21,8 @@ from npr_megatron.engine.compute.quantised import quantising_reader
 from npr_megatron.engine.compute.ranks import Ranks
 from npr_megatron.engine.compute.runner import LocalRunner
 from npr_megatron.engine.compute.tensor_parallel import Follower, LeaderRunner
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
+from npr_megatron.engine.interface import Engine
 from npr_megatron.runtime.device import current_device, device_type
 from npr_megatron.schema.tags import Vocabulary
 from npr_megatron.weights.checkpoints.hf import read_hf
@@ -50,7 +51,7 @@ def open_engine(
         LayoutError: its matrices cannot be kept as ``config.weights`` says.
     """
     model = read_trainable_architecture(folder)
-    engine = Engine(model, config, vocabulary, device=device or current_device())
+    engine = EmbeddedEngine(model, config, vocabulary, device=device or current_device())
     layout = storage_layout(model, weights=config.weights).ranks[0]
     _read_shard(folder, model, layout, config, engine.staging())
     engine.commit(_VERSION)
@@ -99,7 +100,7 @@ def local_engine(
             yield None
             return
         leader = LeaderRunner(runner, ranks)
-        engine = Engine(model, config, vocabulary, runner=leader)
+        engine = EmbeddedEngine(model, config, vocabulary, runner=leader)
         _read_shard(folder, model, layout, config, engine.staging())
         engine.commit(_VERSION)
         try:

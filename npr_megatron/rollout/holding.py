@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.interface import Engine
 from npr_megatron.errors import StaleWeightsError
 from npr_megatron.rollout.health import Stamp
 from npr_megatron.weights.executors.shared_memory import Publisher, Receiver

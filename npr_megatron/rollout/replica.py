@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.errors import NprError, StaleWeightsError
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import Trajectory
@@ -91,7 +91,7 @@ class Replica:
         Not done by ``__init__``: Ray would hide the type of an error raised there.
         """
         spec = self._spec
-        self._engine = Engine(spec.model, spec.engine, spec.vocabulary, device=spec.device)
+        self._engine = EmbeddedEngine(spec.model, spec.engine, spec.vocabulary, device=spec.device)
         self._holding = Holding(self._engine, spec.source, engine_layout(spec.model))
         threading.Thread(target=self._run, name="engine", daemon=True).start()
         return os.getpid()

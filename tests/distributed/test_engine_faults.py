@@ -10,7 +10,7 @@ import pytest
 
 from npr_megatron.engine.compute.runner import LocalRunner
 from npr_megatron.engine.compute.tensor_parallel import Follower, LeaderRunner
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.errors import EnvironmentFault
 from tests.distributed.engine_ranks import CPU, add_requests, config_of, fill, ranks_of
 from tests.distributed.harness import forks, run_ranks
@@ -22,7 +22,7 @@ def lead_until_the_other_is_gone(init_method, fate, result):
     """Rank 0: decode, send ``fate`` to rank 1 in the middle, write down how that ends."""
     config = config_of()
     with ranks_of(0, 2, init_method, timeout_s=2.0) as ranks:
-        engine = Engine(
+        engine = EmbeddedEngine(
             TINY, config, SMALL, runner=LeaderRunner(LocalRunner(TINY, config, CPU, ranks), ranks)
         )
         fill(engine.staging(), TINY, config, 1, 0, 2)
@@ -84,7 +84,7 @@ def break_off_or_follow(rank, size, init_method):
                 follower.follow()
         else:
             leader = LeaderRunner(local, ranks)
-            engine = Engine(TINY, config, SMALL, runner=leader)
+            engine = EmbeddedEngine(TINY, config, SMALL, runner=leader)
             fill(engine.staging(), TINY, config, 1, rank, size)
             engine.commit(1)
             add_requests(engine)

@@ -14,7 +14,7 @@ import torch
 from npr_megatron.engine.compute.ranks import Ranks
 from npr_megatron.engine.compute.runner import LocalRunner
 from npr_megatron.engine.compute.tensor_parallel import Follower, LeaderRunner
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.errors import DivergenceError, StaleWeightsError
 from npr_megatron.records.trajectory import FinishReason
 from tests.distributed.engine_ranks import CPU, FP8, add_requests, config_of, fill, ranks_of
@@ -41,7 +41,7 @@ def decode_alone(model, weights):
     """The oracle: the same work by an engine of one process."""
     torch.set_num_threads(1)
     config = config_of(weights)
-    engine = Engine(model, config, SMALL)
+    engine = EmbeddedEngine(model, config, SMALL)
 
     def push(version):
         fill(engine.staging(), model, config, version)
@@ -99,7 +99,7 @@ def decode_as_rank(rank, size, init_method, model, weights, kind=Ranks):
             stage_while_following(follower, fill_version)
             return follower.weight_version
         leader = LeaderRunner(local, ranks)
-        engine = Engine(model, config, SMALL, runner=leader)
+        engine = EmbeddedEngine(model, config, SMALL, runner=leader)
 
         def push(version):
             fill_version(engine.staging(), version)
@@ -185,7 +185,7 @@ def commit_phases_as_rank(rank, size, init_method):
     with ranks_of(rank, size, init_method) as ranks:
         local = LocalRunner(TINY, config, CPU, ranks)
         party = Follower(local, ranks) if rank else LeaderRunner(local, ranks)
-        engine = None if rank else Engine(TINY, config, SMALL, runner=party)
+        engine = None if rank else EmbeddedEngine(TINY, config, SMALL, runner=party)
         for leads, follows, error in PHASES:
             message = ""
             if rank:

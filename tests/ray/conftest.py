@@ -9,7 +9,8 @@ import torch
 from npr_megatron.config.engine import ClusterConfig, EngineConfig, FleetConfig
 from npr_megatron.config.model import InitConfig
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
+from npr_megatron.engine.interface import Engine
 from npr_megatron.launch.placement import place
 from npr_megatron.launch.ray_cluster import RayCluster
 from npr_megatron.weights.checkpoints.hf import random_init
@@ -39,7 +40,7 @@ def made_up_weights(seed: int) -> dict[str, torch.Tensor]:
 
 def engine_with(weights: Mapping[str, torch.Tensor], version: int) -> Engine:
     """An engine in this process: the oracle of what a fleet must answer."""
-    engine = Engine(TINY, EngineConfig(), SMALL)
+    engine = EmbeddedEngine(TINY, EngineConfig(), SMALL)
     plan = plan_transfer(canonical_layout(TINY), engine_layout(TINY))
     execute(plan, {0: weights}, {0: engine.staging()})
     engine.commit(version)

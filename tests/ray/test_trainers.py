@@ -13,7 +13,7 @@ from npr_megatron.config.engine import EngineConfig, FleetConfig
 from npr_megatron.config.training import LossConfig, OptimizerConfig, ParallelConfig, TrainerConfig
 from npr_megatron.data.packing import pack
 from npr_megatron.data.samples import rl_sample
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.errors import ConfigError, DivergenceError, EnvironmentFault, InputError
 from npr_megatron.launch.trainers import TrainerGroup
 from npr_megatron.records.trajectory import DecodeMode, Trajectory
@@ -118,7 +118,7 @@ def test_learnt_weights_reach_the_engines_bit_for_bit(
         assert not torch.equal(storage, start[name]), name
 
     fleet.push(publication)
-    oracle = Engine(TINY, EngineConfig(), SMALL)
+    oracle = EmbeddedEngine(TINY, EngineConfig(), SMALL)
     oracle.load(learnt, version=publication.version)
     for found, expected in zip(fleet.generate(REQUESTS), oracle.generate(REQUESTS), strict=True):
         np.testing.assert_array_equal(found.token_ids, expected.token_ids)

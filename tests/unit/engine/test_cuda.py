@@ -26,7 +26,7 @@ from npr_megatron.engine.compute.graphs import GraphedDecode
 from npr_megatron.engine.compute.model import EngineModel
 from npr_megatron.engine.compute.static_decode import GatherReader, KeyReader, StaticDecode
 from npr_megatron.engine.compute.transfer import Upload
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.schedule.batch import Batch, assemble
 from tests.batches import decode_batch, feed_on, grown_rows, replayed, rows_of_lengths, stream_on
@@ -275,7 +275,7 @@ def test_an_engine_on_a_gpu_records_what_one_masked_pass_gives(
     model: ModelConfig, dtype: str, gap: float
 ):
     config = EngineConfig(dtype=dtype, num_kv_slots=4096, max_streams=24, debug_checks=True)
-    engine = Engine(model, config, SMALL, device="cuda")
+    engine = EmbeddedEngine(model, config, SMALL, device="cuda")
     rng, request_ids = random.Random(0), []
     engine.load(random_weights(model, 0))
     for rollout in range(8):

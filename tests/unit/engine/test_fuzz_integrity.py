@@ -21,8 +21,9 @@ from torch import Tensor
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.engine.compute.runner import LocalRunner
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.engine.flow.flow import Teacher
+from npr_megatron.engine.interface import Engine
 from npr_megatron.engine.schedule.batch import Batch
 from npr_megatron.errors import DivergenceError
 from npr_megatron.records.request import GenerationRequest, RefusalPolicy
@@ -109,7 +110,9 @@ class Case:
         self.rng = random.Random(self.seed)
         self.config = random_config(self.rng)
         self.runner = SpoiltRunner(TINY, self.config)
-        self.engine = Engine(TINY, self.config, SMALL, runner=self.runner, clock=lambda: self.now_s)
+        self.engine = EmbeddedEngine(
+            TINY, self.config, SMALL, runner=self.runner, clock=lambda: self.now_s
+        )
         self.engine.load(weights_of(0))
 
     def run(self) -> None:
@@ -287,7 +290,7 @@ def test_a_slot_that_breaks_fails_the_one_request_that_reads_it(num_steps: int) 
     ]
     config = EngineConfig(num_kv_slots=2048, debug_checks=True)
     runner = SpoiltRunner(TINY, config)
-    engine = Engine(TINY, config, SMALL, runner=runner)
+    engine = EmbeddedEngine(TINY, config, SMALL, runner=runner)
     engine.load(weights_of(0))
     quiet = engine.generate(requests)
     for request in requests:

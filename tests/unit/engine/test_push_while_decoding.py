@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.interface import Engine
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
 from tests.engines import (

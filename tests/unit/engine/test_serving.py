@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from npr_megatron.config.engine import EngineConfig
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
+from npr_megatron.engine.interface import Engine
 from npr_megatron.errors import DivergenceError, InputError, LayoutError, StaleWeightsError
 from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
 from tests.engines import TINY, drain, random_weights, request_for, run_one, tiny_engine
@@ -74,7 +75,7 @@ def test_a_request_that_can_never_fit_is_refused_with_every_reason() -> None:
 
 def test_generate_decodes_nothing_when_one_request_is_refused() -> None:
     engine = tiny_engine()
-    with pytest.raises(InputError, match="unfinished"):
+    with pytest.raises(InputError, match="of this id"):
         engine.generate([request_for(PROMPT), request_for(PROMPT)])
     assert engine.num_unfinished == 0
     assert len(engine.generate([request_for(PROMPT)])) == 1
@@ -128,7 +129,7 @@ def test_a_commit_writes_in_place_and_refuses_what_is_not_newer() -> None:
 
 
 def test_an_engine_without_weights_refuses_to_decode() -> None:
-    engine = Engine(TINY, EngineConfig(num_kv_slots=512), SMALL)
+    engine = EmbeddedEngine(TINY, EngineConfig(num_kv_slots=512), SMALL)
     engine.add(request_for(PROMPT))
     with pytest.raises(StaleWeightsError, match="holds no weights"):
         engine.step()

@@ -24,7 +24,7 @@ from npr_megatron.engine.compute.model import EngineModel
 from npr_megatron.engine.compute.runner import LocalRunner
 from npr_megatron.engine.compute.static_decode import GatherReader, StaticDecode
 from npr_megatron.engine.compute.transfer import Upload
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.schedule.batch import Batch, assemble
 from npr_megatron.records.trajectory import FloatArray, Trajectory
@@ -313,7 +313,7 @@ class BothWays:
 def test_an_engine_could_run_nearly_every_step_in_fixed_memory():
     config = EngineConfig(num_kv_slots=4096, max_streams=24, kv_after_push="recompute")
     runner = BothWays(config)
-    engine = Engine(TINY, config, SMALL, runner=runner)
+    engine = EmbeddedEngine(TINY, config, SMALL, runner=runner)
     engine.load(random_weights(TINY, 0))
     rng = random.Random(0)
     for rollout in range(8):

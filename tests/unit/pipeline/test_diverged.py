@@ -18,7 +18,8 @@ from npr_megatron.data.prompts import PromptBuilder
 from npr_megatron.data.sums import SumsSource
 from npr_megatron.data.sums_tokenizer import build_sums_tokenizer
 from npr_megatron.data.tokenizer import load_tokenizer
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
+from npr_megatron.engine.interface import Engine
 from npr_megatron.errors import DivergenceError
 from npr_megatron.observability.metrics import MetricsLog
 from npr_megatron.pipeline.context import RunContext
@@ -77,7 +78,7 @@ def context(tmp_path: Path) -> RunContext:
     build_sums_tokenizer(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     model = TINY.model_copy(update={"vocab_size": 128})
-    engine = Engine(model, EngineConfig(), tokenizer.vocabulary)
+    engine = EmbeddedEngine(model, EngineConfig(), tokenizer.vocabulary)
     weights = random_weights(model, 0)
     weights["layers.1.down_proj.weight"][:] = 1e38
     engine.load(weights, version=9)

@@ -15,7 +15,7 @@ import torch
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import InitConfig
-from npr_megatron.engine.engine import Engine
+from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.errors import DivergenceError, StaleWeightsError
 from npr_megatron.records.trajectory import DecodeMode, Trajectory
 from npr_megatron.rollout.courier import stamp_of
@@ -122,7 +122,7 @@ def logprob_errors(finished: list[Trajectory], shift: int = 0) -> float:
     for trajectory in finished:
         for version in set(trajectory.weight_versions.tolist()) - {-1}:
             users[version].append(trajectory)
-    oracle, worst = Engine(TINY, EngineConfig(), SMALL), 0.0
+    oracle, worst = EmbeddedEngine(TINY, EngineConfig(), SMALL), 0.0
     for version, mine in users.items():
         storages = {name: torch.zeros_like(x) for name, x in oracle.weights.items()}
         execute(PLAN, {0: weights_of(version + shift)}, {0: storages})

@@ -1,23 +1,14 @@
-"""NPR Engine: decodes trajectories, sequential or branch-parallel, by continuous batching on one
-device.
-
-Example::
-
-    engine = Engine(model, EngineConfig(), vocabulary)
-    engine.load(weights)
-    trajectories = engine.generate(requests)
+"""The engine that computes in its own process: continuous batching in torch on one device.
 
 One ``step`` admits what fits, inserts forced tokens, runs the model once over everything ragged
 (pieces of prompts, forced runs, single tokens), samples all streams together and hands each its
 token. Weights change only between steps.
-
-The engine is single threaded and knows nothing of Ray, tokenizers or text.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,7 +21,8 @@ from npr_megatron.engine.decode import decode, recompute
 from npr_megatron.engine.events import Event, Watcher
 from npr_megatron.engine.flow.flow import Flow, Teacher
 from npr_megatron.engine.flow.segment import Segment
-from npr_megatron.engine.intake import request_problems
+from npr_megatron.engine.intake import refusals
+from npr_megatron.engine.interface import Engine
 from npr_megatron.engine.live_weights import LiveWeights
 from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.schedule.scheduler import Scheduler
@@ -43,7 +35,7 @@ from npr_megatron.schema.grammar import Grammar
 from npr_megatron.schema.tags import Vocabulary
 
 
-class Engine:
+class EmbeddedEngine(Engine):
     """Decodes requests under live weights.
 
     Args:
@@ -86,9 +78,9 @@ class Engine:
     # Requests
 
     @property
-    def num_unfinished(self) -> int:
-        """Trajectories that a later ``step`` will return."""
-        return len(self._trees)
+    def unfinished(self) -> Collection[str]:
+        """Ids of the requests that a later ``step`` will return."""
+        return self._trees.keys()
 
     def stats(self) -> EngineStats:
         """Return what the engine holds and has done."""
@@ -110,6 +102,10 @@ class Engine:
         self._pool.check_integrity()
         self._scheduler.check_integrity()
 
+    def problems(self, request: GenerationRequest) -> list[str]:
+        """Return one sentence for each reason why ``add`` would refuse ``request``."""
+        return refusals(request, self._model, self._config, self.unfinished)
+
     def add(
         self,
         request: GenerationRequest,
@@ -127,13 +123,8 @@ class Engine:
         Raises:
             InputError: the request can never be served; lists every reason.
         """
-        problems = request_problems(request, self._model, self._config)
-        if request.request_id in self._trees:
-            problems.append(
-                "a request of this id is unfinished; wait for it or use another rollout"
-            )
-        if problems:
-            raise InputError("\n".join(f"request {request.request_id}: {x}" for x in problems))
+        if problems := self.problems(request):
+            raise InputError("\n".join(problems))
         flow = Flow(request, self._grammar, self._grammar.vocabulary.eos, teacher)
         self._trees[request.request_id] = self._scheduler.submit(flow)
         if request.timeout_s is not None:
@@ -161,49 +152,6 @@ class Engine:
         tree = self._tree(request_id, "preempted")
         if tree in self._scheduler.running and tree.flow.finish is None:
             self._scheduler.preempt(tree)
-
-    def generate(
-        self,
-        requests: Sequence[GenerationRequest],
-        on_finish: Callable[[Trajectory], None] | None = None,
-    ) -> list[Trajectory]:
-        """Decode ``requests`` and return their trajectories in the same order.
-
-        Args:
-            on_finish: called with each trajectory as soon as it ends.
-
-        Raises:
-            InputError: a request is refused, or earlier ones are unfinished; nothing was decoded.
-        """
-        finished: dict[str, Trajectory] = {}
-        self._add_all(requests, None)
-        while self.num_unfinished:
-            for trajectory in self.step():
-                finished[f"{trajectory.prompt_id}#{trajectory.rollout}"] = trajectory
-                if on_finish is not None:
-                    on_finish(trajectory)
-        return [finished[request.request_id] for request in requests]
-
-    def stream(self, requests: Sequence[GenerationRequest]) -> Iterator[Event]:
-        """Decode ``requests`` and yield what happens, in order, until all have ended.
-
-        An iterator that is closed early aborts what is unfinished.
-
-        Raises:
-            InputError: a request is refused, or earlier ones are unfinished; nothing was decoded.
-        """
-        events: list[Event] = []
-        self._add_all(requests, events.append)
-        try:
-            while self.num_unfinished:
-                self.step()
-                yield from events
-                events.clear()
-        finally:  # left early: the engine is as free as before
-            for request_id in self._trees:
-                self.abort(request_id)
-            while self.num_unfinished:
-                self.step()
 
     @torch.inference_mode()
     def step(self) -> list[Trajectory]:
@@ -316,6 +264,9 @@ class Engine:
                 "call load, or staging and commit"
             )
 
+    def close(self) -> None:
+        """Nothing outlives the object: memory goes with it."""
+
     # Between two steps
 
     def _tree(self, request_id: str, what: str) -> Tree:
@@ -358,22 +309,3 @@ class Engine:
         for request_id, (watcher, listener) in list(self._watchers.items()):
             for event in watcher.news(self._trees[request_id].flow, self.weight_version):
                 listener(event)
-
-    def _add_all(
-        self, requests: Sequence[GenerationRequest], listener: Callable[[Event], None] | None
-    ) -> None:
-        """Queue all of ``requests`` or, raising what is wrong with one, none."""
-        if self._trees:
-            raise InputError(
-                f"a batch was to be decoded with {len(self._trees)} requests unfinished; "
-                "drain them with step()"
-            )
-        try:
-            for request in requests:
-                self.add(request, listener=listener)
-        except InputError:
-            for tree in self._trees.values():
-                self._scheduler.drop_waiting(tree)
-            for table in (self._trees, self._deadlines, self._watchers):
-                table.clear()
-            raise
