@@ -1,11 +1,11 @@
 """One engine in its own process: a loop that decodes, and calls that reach it between steps.
 
-The loop thread is the only one that changes the engine, with one exception: staging writes the
-engine's shadow storages, which no step reads, while decoding goes on. Everything else is handed to
-the loop and runs between steps, so a commit never changes weights under a half-computed step.
+What changes the engine is handed to its loop (``engine.loop``), so a commit never changes weights
+under a half-computed step. Staging alone does not wait: it writes the engine's shadow storages,
+which no step reads, while decoding goes on.
 
-An error in the loop is kept and raised to every later caller; the replica does not continue after
-one. Nothing here knows the fleet: what a replica is told is decided in ``rollout.push``.
+An error in the loop is raised to every later caller; the replica does not continue after one.
+Nothing here knows the fleet: what a replica is told is decided in ``rollout.push``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.embedded import EmbeddedEngine
+from npr_megatron.engine.loop import EngineLoop
 from npr_megatron.errors import NprError, StaleWeightsError
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.records.trajectory import Trajectory
@@ -79,10 +78,8 @@ class Replica:
     def __init__(self, spec: ReplicaSpec) -> None:
         self._spec = spec
         self._changed = threading.Condition()
-        self._commands: deque[tuple[Callable[[], None], Future[int]]] = deque()
         self._unfinished: set[str] = set()
         self._finished: list[Trajectory] = []
-        self._num_steps = 0
         self._failure: Exception | None = None
 
     def start(self) -> int:
@@ -93,7 +90,8 @@ class Replica:
         spec = self._spec
         self._engine = EmbeddedEngine(spec.model, spec.engine, spec.vocabulary, device=spec.device)
         self._holding = Holding(self._engine, spec.source, engine_layout(spec.model))
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        self._loop = EngineLoop(self._engine, on_step=self._take, on_failure=self._end)
+        self._loop.start()
         return os.getpid()
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
@@ -119,7 +117,7 @@ class Replica:
                 raise
             self._unfinished |= added
 
-        self._between_steps(add)
+        self._loop.between_steps(add)
 
     def report(self, wait_s: float) -> Report:
         """Return what finished since the last report: when all is done, or after ``wait_s``."""
@@ -128,7 +126,7 @@ class Replica:
             if self._failure is not None:
                 raise self._failure
             finished, self._finished = self._finished, []
-            num_steps = self._num_steps
+            num_steps = self._loop.num_steps
         return Report(finished=pickle.dumps(finished, protocol=5), num_steps=num_steps)
 
     def stage(self, publication: Publication, term: int) -> Stamp:
@@ -144,7 +142,7 @@ class Replica:
         Returns:
             Steps that ended while the order waited: 0, or 1 if one was being computed.
         """
-        return self._between_steps(lambda: self._holding.commit(stamp, term))
+        return self._loop.between_steps(lambda: self._holding.commit(stamp, term))
 
     def drop_staged(self, stamp: Stamp) -> None:
         """Forget the staged weights if they are ``stamp``."""
@@ -173,68 +171,29 @@ class Replica:
             with self._changed:
                 self._finished = []
 
-        self._between_steps(drop)
+        self._loop.between_steps(drop)
 
     def _drop(self, request_ids: Iterable[str]) -> None:
-        """Abort requests; the next step hands them back and :meth:`_step` forgets them."""
+        """Abort requests; the next step hands them back and :meth:`_take` forgets them."""
         for request_id in request_ids:
             self._engine.abort(request_id)
 
-    def _between_steps(self, action: Callable[[], None]) -> int:
-        """Have the loop run ``action`` before its next step; raise what it raises.
-
-        Returns:
-            Steps that ended after ``action`` was queued and before it ran.
-        """
-        done: Future[int] = Future()
+    def _take(self, finished: list[Trajectory]) -> None:
+        """Keep what a step returned of the requests that were not forgotten."""
+        results = {request_id_of(trajectory): trajectory for trajectory in finished}
         with self._changed:
-            if self._failure is not None:
-                raise self._failure
-            arrived_at = self._num_steps
-            self._commands.append((action, done))
-            self._changed.notify_all()
-        return done.result() - arrived_at
-
-    def _run(self) -> None:
-        try:
-            while True:
-                self._obey()
-                self._step()
-        except Exception as error:  # noqa: BLE001 - kept, and raised to every caller
-            with self._changed:
-                self._failure = error
-                for _, done in self._commands:
-                    done.set_exception(error)
-                self._commands.clear()
-                self._changed.notify_all()
-
-    def _obey(self) -> None:
-        """Wait for work; run the commands that have come in. A step follows before later ones."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._commands or self._engine.num_unfinished)
-        for _ in range(len(self._commands)):
-            action, done = self._commands[0]  # stays queued meanwhile, so that _run can fail it
-            try:
-                action()
-            except NprError as error:
-                done.set_exception(error)
-            else:
-                done.set_result(self._num_steps)
-            self._commands.popleft()
-
-    def _step(self) -> None:
-        if not self._engine.num_unfinished:
-            return
-        results = {request_id_of(trajectory): trajectory for trajectory in self._engine.step()}
-        with self._changed:
-            self._num_steps += 1
             self._finished += [t for name, t in results.items() if name in self._unfinished]
             self._unfinished -= results.keys()
             if self._has_settled():
                 self._changed.notify_all()
 
+    def _end(self, failure: Exception) -> None:
+        with self._changed:
+            self._failure = failure
+            self._changed.notify_all()
+
     def _has_settled(self) -> bool:
-        return self._failure is not None or not (self._unfinished or self._commands)
+        return self._failure is not None or not (self._unfinished or self._loop.num_pending)
 
 
 def request_id_of(trajectory: Trajectory) -> str:
