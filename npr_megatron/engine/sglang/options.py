@@ -1,0 +1,176 @@
+"""An engine's configuration in SGLang's words: its options, its environment, its model folder.
+
+What this backend cannot do is refused here by name, before any process is started. Pure but for
+:func:`write_model_folder`; imports neither torch nor SGLang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.weights.checkpoints.hf_config import hf_config
+
+DeviceType = Literal["cpu", "cuda"]
+
+PLUGIN = "npr"
+"""Name under which the plugin registers its radix cache and its sampler."""
+WEIGHT_LOADER = "npr_megatron.engine.sglang.loader.load"
+"""Dotted path of what writes pushed weights into a rank's parameters."""
+NO_VERSION = -1
+"""Weight version of an engine that nothing was pushed to."""
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_HALF_ONLY = ("fa3", "flashinfer")
+_ATTENTION: dict[DeviceType, tuple[str, ...]] = {
+    "cpu": ("torch_native",),
+    "cuda": (*_HALF_ONLY, "triton", "torch_native"),
+}
+"""Kernels that read keys and values row by row: joined rows lie anywhere in the pool."""
+_ROW_SLACK = 16
+"""SGLang keeps a few tokens at the end of the longest row to itself."""
+
+
+def refused_options(model: ModelConfig, config: EngineConfig, device: DeviceType) -> list[str]:
+    """Return one sentence for each option that SGLang cannot carry out here."""
+    attention, allowed = config.sglang.attention_backend, _ATTENTION[device]
+    rules = [
+        (
+            config.weights != "as_trained",
+            f'weights is "{config.weights}" and the SGLang backend computes with weights as they '
+            'are trained; set weights = "as_trained" or backend = "embedded"',
+        ),
+        (
+            model.family != "qwen3" or model.moe is not None or not model.has_qk_norm,
+            f"the model is of family {model.family} and the SGLang backend is proven for dense "
+            "Qwen3 only; use such a model",
+        ),
+        (
+            attention is not None and attention not in allowed,
+            f'sglang.attention_backend is "{attention}" and joined branches need kernels that take '
+            f"keys and values row by row, on {device} one of {', '.join(allowed)}; choose one or "
+            "leave it out",
+        ),
+        (
+            device == "cuda" and config.dtype == "fp32" and attention in _HALF_ONLY,
+            f'sglang.attention_backend is "{attention}" and computes in 16 bits, dtype is fp32; '
+            'use "triton" or dtype = "bf16"',
+        ),
+        (
+            model.num_attention_heads % config.tp_size > 0,
+            f"tp_size {config.tp_size} does not divide num_attention_heads "
+            f"{model.num_attention_heads}; change tp_size",
+        ),
+    ]
+    return [sentence for is_broken, sentence in rules if is_broken]
+
+
+def server_options(
+    model: ModelConfig, config: EngineConfig, device: DeviceType, folder: Path
+) -> dict[str, Any]:
+    """Return the keyword arguments of ``sglang.Engine`` (``ServerArgs``).
+
+    Args:
+        device: type of device of every rank.
+        folder: what :func:`write_model_folder` wrote.
+    """
+    has_graphs = device == "cuda" and config.sglang.cuda_graphs
+    return {
+        "model_path": str(folder),
+        "skip_tokenizer_init": True,
+        "skip_server_warmup": True,
+        "device": device,
+        "dtype": _DTYPES[config.dtype],
+        "tp_size": config.tp_size,
+        "context_length": row_tokens(model, config),
+        "max_total_tokens": config.num_kv_slots,
+        "max_running_requests": config.max_streams,
+        "chunked_prefill_size": config.max_step_tokens,
+        "max_prefill_tokens": config.max_step_tokens,
+        "page_size": 1,
+        "attention_backend": _attention(config, device),
+        "sampling_backend": PLUGIN,
+        "radix_cache_backend": PLUGIN,
+        "disable_overlap_schedule": not config.sglang.overlap,
+        "disable_cuda_graph": not has_graphs,
+        "disable_prefill_cuda_graph": True,  # decoding is what graphs pay for
+        "cuda_graph_max_bs_decode": config.max_streams if has_graphs else None,
+        "load_format": "dummy",  # weights are pushed
+        "custom_weight_loader": [WEIGHT_LOADER],
+        "weight_version": str(NO_VERSION),
+        "random_seed": 0,
+        "log_level": "error",
+    }
+
+
+def server_environment(
+    config: EngineConfig,
+    device: DeviceType,
+    cores: Sequence[int],
+    environment: Mapping[str, str],
+) -> dict[str, str]:
+    """Return the variables under which SGLang's processes must be started.
+
+    Args:
+        cores: CPU cores that this process may use (``os.sched_getaffinity``).
+        environment: that of this process; threads that it sets are kept.
+    """
+    variables = {
+        # rows are copied by torch: SGLang's own kernel for it comes with speculative decoding only
+        "SGLANG_NATIVE_MOVE_KV_CACHE": "1",
+    }
+    if config.debug_checks:
+        variables["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "2"
+    if device == "cpu":
+        # Threads that spin against other processes make a request ten times slower.
+        threads = environment.get("OMP_NUM_THREADS", "1")
+        variables |= {
+            "OMP_NUM_THREADS": threads,
+            "SGLANG_CPU_OMP_THREADS_BIND": _cores_of_ranks(cores, config.tp_size),
+            "SGLANG_USE_CPU_ENGINE": "0",  # SGLang's own CPU platform needs compiled operators
+        }
+    return variables
+
+
+def write_model_folder(model: ModelConfig, config: EngineConfig, folder: Path) -> None:
+    """Write the ``config.json`` from which SGLang builds the model; there are no weights in it."""
+    longest = max(row_tokens(model, config), model.max_position_embeddings)
+    told = model.model_copy(update={"max_position_embeddings": longest})
+    settings = {**hf_config(told), "torch_dtype": _DTYPES[config.dtype]}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def row_tokens(model: ModelConfig, config: EngineConfig) -> int:
+    """Return the tokens of the longest linear row: branches one behind the other take more room
+    than positions.
+    """
+    longest = min(config.num_kv_slots, config.max_plans * model.max_position_embeddings)
+    return longest + _ROW_SLACK
+
+
+def usable_cores() -> tuple[int, ...]:
+    """Return the CPU cores that this process may use."""
+    return tuple(sorted(os.sched_getaffinity(0)))
+
+
+def _attention(config: EngineConfig, device: DeviceType) -> str | None:
+    if config.sglang.attention_backend is not None:
+        return config.sglang.attention_backend
+    if device == "cpu":
+        return "torch_native"
+    return "triton" if config.dtype == "fp32" else None
+
+
+def _cores_of_ranks(cores: Sequence[int], num_ranks: int) -> str:
+    """Return the cores of each rank, dealt out evenly: ``0,1|2,3``; ranks share where there are
+    fewer cores than ranks."""
+    if len(cores) < num_ranks:
+        parts = [[cores[rank % len(cores)]] for rank in range(num_ranks)]
+    else:
+        parts = [list(cores[rank::num_ranks]) for rank in range(num_ranks)]
+    return "|".join(",".join(map(str, part)) for part in parts)
