@@ -7,7 +7,6 @@ and every log-prob, of sampled and of forced tokens, is the oracle's.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import random
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
+from npr_megatron.records.trajectory import DecodeMode, Trajectory
 from npr_megatron.schema.tags import Vocabulary
 from tests.engines import (
     TINY,
@@ -30,25 +29,28 @@ from tests.engines import (
     drain_preempting,
     request_for,
     run_one,
-    skeleton_of,
-    steered_weights,
     tiny_engine,
 )
+from tests.parity.corpora import (
+    FAR,
+    TOLERANCE,
+    Reading,
+    assert_as_the_oracle_says,
+    gaps,
+    lead,
+    read,
+    word_weights,
+)
 from tests.parity.hf_reference import (
-    LinearForm,
     hf_model,
-    linear_form,
     oracle_logprobs,
     plain_form,
     sees_all,
     with_flat_positions,
     with_paper_positions,
 )
-from tests.structures import NUM_IDS, SMALL, SPLIT, WORDS, Structure, random_structure
+from tests.structures import NUM_IDS, SMALL, SPLIT, Structure, random_structure
 
-TOLERANCE = 1e-5
-FAR = 1000 * TOLERANCE
-"""What a wrong oracle exceeds on every structure."""
 LONG = UNTIED.model_copy(update={"max_position_embeddings": 2048})
 WIDE = LONG.model_copy(update={"num_attention_heads": 2, "head_dim": 16, "rope_theta": 1e6})
 DEEP = LONG.model_copy(
@@ -66,11 +68,8 @@ class Corpus:
     structures: list[Structure]
     trajectories: list[Trajectory]
     """Decoded together, in roomy memory."""
-    forms: list[LinearForm]
-    """Their linear forms with the words the engine chose."""
     reference: Qwen3ForCausalLM
-    logprobs: list[torch.Tensor]
-    """[T, V] of the oracle after each token."""
+    reading: Reading
 
 
 def own_prompts(rng: random.Random) -> list[list[int]]:
@@ -111,13 +110,8 @@ def corpus(name: str) -> Corpus:
         random_structure(rng, prompt, vocabulary, num_blocks=(4, 6), max_tokens=6)
         for prompt in prompts(rng)
     ]
-    weights = steered_weights(model, seed, WORDS)
-    weights["lm_head.weight"][:, 1:] *= 0.5  # moderate logits: fp32 rounds them less
+    weights = word_weights(model, seed)
     trajectories = decode(model, vocabulary, weights, structures)
-    forms = [
-        dataclasses.replace(linear_form(structure), token_ids=trajectory.token_ids)
-        for structure, trajectory in zip(structures, trajectories, strict=True)
-    ]
     reference = hf_model(model, weights)
     return Corpus(
         model=model,
@@ -125,9 +119,8 @@ def corpus(name: str) -> Corpus:
         weights=weights,
         structures=structures,
         trajectories=trajectories,
-        forms=forms,
         reference=reference,
-        logprobs=oracle_logprobs(reference, forms),
+        reading=read(reference, structures, trajectories),
     )
 
 
@@ -139,21 +132,11 @@ def decode(
     preempted_every: int | None = None,
     **settings: Any,
 ) -> list[Trajectory]:
-    """Return one greedy trajectory per structure, under budgets that it spends to the last."""
+    """Return one greedy trajectory per structure."""
     engine = tiny_engine(
         model=model, vocabulary=vocabulary, weights=weights, **{"num_kv_slots": 65_536, **settings}
     )
-    for number, structure in enumerate(structures):
-        form = linear_form(structure)
-        request = request_for(
-            structure.prompt_ids,
-            rollout=number,
-            temperature=0.0,
-            max_new_tokens=len(structure.response_ids),
-            max_critical_path=int(form.position_ids.max()) + 1 - structure.prompt_length,
-        )
-        teacher = skeleton_of(structure.token_ids, structure.prompt_length, vocabulary)
-        engine.add(request, teacher)
+    lead(engine, structures)
     if preempted_every is None:
         finished = drain(engine)
     else:
@@ -164,37 +147,10 @@ def decode(
     return sorted(finished, key=lambda trajectory: trajectory.rollout)
 
 
-def gaps(trajectories: Sequence[Trajectory], logprobs, forms: Sequence[LinearForm]) -> list[float]:
-    """Largest |engine - oracle| of each trajectory over the tokens that something predicts."""
-    found = []
-    for trajectory, scores, form in zip(trajectories, logprobs, forms, strict=True):
-        targets = form.predicted
-        expected = scores[form.predecessor[targets], trajectory.token_ids[targets]].numpy()
-        found.append(float(np.abs(trajectory.logprobs[targets] - expected).max()))
-    return found
-
-
-def assert_as_the_oracle_says(known: Corpus, trajectories: Sequence[Trajectory]) -> int:
-    """Compare everything recorded; return the number of words chosen greedily."""
-    num_words = 0
-    for trajectory, form, scores in zip(trajectories, known.forms, known.logprobs, strict=True):
-        assert trajectory.finish is FinishReason.STOP
-        for name in ("token_ids", "position_ids", "block", "branch"):
-            np.testing.assert_array_equal(getattr(trajectory, name), getattr(form, name), name)
-        np.testing.assert_array_equal(trajectory.forced, form.is_forced)
-        assert not trajectory.logprobs[form.predecessor < 0].any()
-        best, words = scores[form.predecessor[form.is_word]].topk(2)
-        assert (best[:, 0] - best[:, 1]).min() > 2 * TOLERANCE, "a tie that rounding could decide"
-        np.testing.assert_array_equal(trajectory.token_ids[form.is_word], words[:, 0])
-        num_words += int(form.is_word.sum())
-    assert max(gaps(trajectories, known.logprobs, known.forms)) <= TOLERANCE
-    return num_words
-
-
 @pytest.mark.parametrize("name", CORPORA)
 def test_greedy_tokens_and_logprobs_of_branch_parallel_decoding_equal_transformers(name) -> None:
     known = corpus(name)
-    assert assert_as_the_oracle_says(known, known.trajectories) > 60 * len(known.structures)
+    assert assert_as_the_oracle_says(known.reading, known.trajectories) > 60 * len(known.structures)
     assert min(trajectory.num_blocks for trajectory in known.trajectories) >= 4
     assert {len(b.steps) for s in known.structures for b in s.blocks} == {1, 2, 3, 4, 5}
 
@@ -217,19 +173,21 @@ def test_no_schedule_changes_what_the_oracle_says(name: str, schedule: str) -> N
     trajectories = decode(
         known.model, known.vocabulary, known.weights, known.structures, **SCHEDULES[schedule]
     )
-    assert_as_the_oracle_says(known, trajectories)
+    assert_as_the_oracle_says(known.reading, trajectories)
 
 
 WRONG: dict[str, Callable[[Corpus], list[torch.Tensor]]] = {
-    "siblings visible": lambda known: oracle_logprobs(known.reference, known.forms, sees_all),
+    "siblings visible": lambda known: oracle_logprobs(
+        known.reference, known.reading.forms, sees_all
+    ),
     "positions flattened": lambda known: oracle_logprobs(
-        known.reference, [with_flat_positions(form) for form in known.forms]
+        known.reference, [with_flat_positions(form) for form in known.reading.forms]
     ),
     "positions shifted by one": lambda known: oracle_logprobs(
         known.reference,
         [
             with_paper_positions(form, structure)
-            for form, structure in zip(known.forms, known.structures, strict=True)
+            for form, structure in zip(known.reading.forms, known.structures, strict=True)
         ],
     ),
 }
@@ -239,9 +197,9 @@ WRONG: dict[str, Callable[[Corpus], list[torch.Tensor]]] = {
 def test_a_wrong_oracle_disagrees_on_every_structure(wrong: str) -> None:
     known = corpus("deep")
     logprobs = WRONG[wrong](known)
-    assert min(gaps(known.trajectories, logprobs, known.forms)) > FAR
+    assert min(gaps(known.trajectories, logprobs, known.reading.forms)) > FAR
     num_other = 0
-    for form, scores in zip(known.forms, logprobs, strict=True):
+    for form, scores in zip(known.reading.forms, logprobs, strict=True):
         words = np.flatnonzero(form.is_word)
         chosen = scores[form.predecessor[words]].argmax(-1).numpy()
         num_other += int((chosen != form.token_ids[words]).sum())
