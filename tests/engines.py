@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from npr_megatron.config.engine import EngineConfig
@@ -166,8 +167,17 @@ def skeleton_of(
 
 def drain(engine: Engine) -> list[Trajectory]:
     """Step until nothing is left; return what ended, in order of ending."""
-    finished: list[Trajectory] = []
-    while engine.num_unfinished:
+    return step_until(engine, lambda: not engine.num_unfinished)
+
+
+def step_until(
+    engine: Engine, is_enough: Callable[[], bool], within_s: float = 300.0
+) -> list[Trajectory]:
+    """Step until ``is_enough``; return what ended. An engine that stands still fails the test."""
+    finished, deadline = list[Trajectory](), time.monotonic() + within_s
+    while not is_enough():
+        unfinished = sorted(engine.unfinished)
+        assert time.monotonic() < deadline, f"{unfinished} unfinished after {within_s} s"
         finished += engine.step()
     return finished
 
@@ -193,6 +203,15 @@ def assert_nothing_is_left(engine: Engine) -> None:
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.num_kv_slots_held == 0
+
+
+def assert_same_trajectory(found: Trajectory, expected: Trajectory, tolerance: float) -> None:
+    """Hold everything recorded against ``expected``, log-probs up to ``tolerance``."""
+    assert (found.prompt_id, found.rollout) == (expected.prompt_id, expected.rollout)
+    assert (found.finish, found.finish_detail) == (expected.finish, expected.finish_detail)
+    for name in ("token_ids", "position_ids", "block", "branch", "forced", "weight_versions"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=tolerance, rtol=0)
 
 
 def run_one(

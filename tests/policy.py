@@ -14,6 +14,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from npr_megatron.config.model import ModelConfig
+from npr_megatron.schema.tags import Vocabulary
 from npr_megatron.topology.layout import layout_of
 from npr_megatron.topology.visibility import dense_mask
 from npr_megatron.weights.layouts import engine_layout
@@ -29,7 +30,7 @@ def prompt_of(rng: random.Random) -> tuple[int, ...]:
 
 
 @functools.cache
-def learnt_tensors(model: ModelConfig) -> dict[str, torch.Tensor]:
+def learnt_tensors(model: ModelConfig, vocabulary: Vocabulary = SMALL) -> dict[str, torch.Tensor]:
     """Return canonical tensors after imitation of random structures, branches isolated."""
     torch.manual_seed(0)
     rng = random.Random(0)
@@ -44,7 +45,7 @@ def learnt_tensors(model: ModelConfig) -> dict[str, torch.Tensor]:
     for _ in range(NUM_STEPS):
         lessons = [
             random_structure(
-                rng, prompt_of(rng), SMALL, num_blocks=(1, 2), max_branches=4, max_tokens=3
+                rng, prompt_of(rng), vocabulary, num_blocks=(1, 2), max_branches=4, max_tokens=3
             )
             for _ in range(NUM_ROWS)
         ]
@@ -59,11 +60,11 @@ def learnt_tensors(model: ModelConfig) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def learnt_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
+def learnt_weights(model: ModelConfig, vocabulary: Vocabulary = SMALL) -> dict[str, torch.Tensor]:
     """Return the engine's storages of :func:`learnt_tensors`."""
     (layout,) = engine_layout(model).ranks
     storages = empty_storages(layout, torch.float32)
-    load_tiles(layout, box_reader(learnt_tensors(model)), storages)
+    load_tiles(layout, box_reader(learnt_tensors(model, vocabulary)), storages)
     return storages
 
 

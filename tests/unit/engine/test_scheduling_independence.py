@@ -24,6 +24,7 @@ from npr_megatron.schema.render import BlockTexts
 from tests.engines import (
     TINY,
     assert_nothing_is_left,
+    assert_same_trajectory,
     drain_preempting,
     request_for,
     teacher_of,
@@ -139,10 +140,7 @@ def test_no_schedule_changes_a_token(schedule: str) -> None:
     settings = SCHEDULES[schedule]
     trajectories, stats = decode(arrivals(), **settings)
     for found, expected in zip(trajectories, all_together(), strict=True):
-        assert (found.finish, found.finish_detail) == (expected.finish, expected.finish_detail)
-        for name in ("token_ids", "position_ids", "block", "branch", "forced"):
-            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
-        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+        assert_same_trajectory(found, expected, tolerance=1e-5)
     if "preempted_every" in settings:
         assert stats.num_preemptions > 0
         assert stats.num_replayed_tokens > 0
