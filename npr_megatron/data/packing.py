@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from npr_megatron.errors import InputError
 from npr_megatron.records.sample import PackedBatch, TrainingSample
+from npr_megatron.topology.pairs import num_visible_pairs
 
 Index = npt.NDArray[np.int64]
 
@@ -24,7 +25,7 @@ _LENGTH_MULTIPLE = 16  # sequence parallelism divides rows; attention kernels li
 def pack(
     samples: Sequence[TrainingSample], row_tokens: int, rows_per_microbatch: int, num_replicas: int
 ) -> tuple[PackedBatch, ...]:
-    """Pack samples first-fit decreasing and deal the rows to microbatches.
+    """Pack samples first-fit decreasing into rows, and the rows into microbatches.
 
     Args:
         row_tokens: no row holds more tokens.
@@ -32,8 +33,7 @@ def pack(
         num_replicas: the number of microbatches is a multiple of it.
 
     Returns:
-        Microbatches of one shape [B, S]. S is the longest row rounded up to 16; B is the smallest
-        that keeps the number of microbatches at its minimum. What nothing fills is padding.
+        Microbatches of one shape, see :func:`pack_rows`.
 
     Raises:
         InputError: there are no samples, or some are longer than ``row_tokens`` (their lengths are
@@ -42,14 +42,41 @@ def pack(
     lengths = np.array([len(sample.token_ids) for sample in samples], dtype=np.int64)
     _check(lengths, row_tokens)
     row, offset = first_fit_decreasing(lengths, row_tokens)
-    num_rows = int(row.max()) + 1
-    num_microbatches = _round_up(-(-num_rows // rows_per_microbatch), num_replicas)
-    rows_each = -(-num_rows // num_microbatches)
-    row_length = _round_up(int((offset + lengths).max()), _LENGTH_MULTIPLE)
-    # Deal rows like cards: the fullest come first and go to different replicas.
-    dealt_row = (row % num_microbatches) * rows_each + row // num_microbatches
+    rows: list[list[TrainingSample]] = [[] for _ in range(int(row.max()) + 1)]
+    for index in np.lexsort((offset, row)):
+        rows[row[index]].append(samples[index])
+    return pack_rows(rows, rows_per_microbatch, num_replicas)
+
+
+def pack_rows(
+    rows: Sequence[Sequence[TrainingSample]], rows_per_microbatch: int, num_replicas: int
+) -> tuple[PackedBatch, ...]:
+    """Deal rows, each a few samples side by side, to microbatches and replicas.
+
+    Attention costs the more the longer the samples of a row are, so rows are dealt by it:
+    replicas, which wait for one another at the end of a step, get about equal sums of it, and so do
+    the microbatches of a replica (see :func:`deal`).
+
+    Returns:
+        Microbatches of one shape [B, S]; replica r takes the r-th of every ``num_replicas``. S is
+        the longest row rounded up to 16; B is the smallest that keeps the number of microbatches at
+        its minimum. What nothing fills is padding.
+    """
+    samples = [sample for row in rows for sample in row]
+    lengths = np.array([len(sample.token_ids) for sample in samples], dtype=np.int64)
+    segments = np.concatenate([np.arange(len(row)) for row in rows])
+    offsets = np.concatenate([_starts([len(sample.token_ids) for sample in row]) for row in rows])
+    num_microbatches = _round_up(-(-len(rows) // rows_per_microbatch), num_replicas)
+    rows_each = -(-len(rows) // num_microbatches)
+    row_length = _round_up(int((offsets + lengths).max()), _LENGTH_MULTIPLE)
+    costs = np.array(
+        [sum(num_visible_pairs(sample.block, sample.branch) for sample in row) for row in rows]
+    )
+    dealt_row = np.repeat(
+        deal(costs, num_microbatches, rows_each, num_replicas), [len(row) for row in rows]
+    )
     shape = (num_microbatches, rows_each, row_length)
-    return _fill(samples, lengths, dealt_row * row_length + offset, _segments(row, offset), shape)
+    return _fill(samples, lengths, dealt_row * row_length + offsets, segments, shape)
 
 
 def first_fit_decreasing(lengths: Index, row_tokens: int) -> tuple[Index, Index]:
@@ -59,21 +86,44 @@ def first_fit_decreasing(lengths: Index, row_tokens: int) -> tuple[Index, Index]
     """
     row = np.zeros(len(lengths), dtype=np.int64)
     offset = np.zeros(len(lengths), dtype=np.int64)
-    used = np.zeros(len(lengths), dtype=np.int64)
+    used = np.zeros(len(lengths) + 1, dtype=np.int64)
+    num_open = 0
     for sample in np.argsort(-lengths, kind="stable"):
-        row[sample] = np.argmax(used + lengths[sample] <= row_tokens)
-        offset[sample] = used[row[sample]]
-        used[row[sample]] += lengths[sample]
+        chosen = np.argmax(used[: num_open + 1] + lengths[sample] <= row_tokens)
+        num_open += int(chosen == num_open)
+        row[sample], offset[sample] = chosen, used[chosen]
+        used[chosen] += lengths[sample]
     return row, offset
 
 
-def _segments(row: Index, offset: Index) -> Index:
-    """Number the samples of each row 0, 1, ... from left to right."""
-    order = np.lexsort((offset, row))
-    sorted_row = row[order]
-    segment = np.empty_like(row)
-    segment[order] = np.arange(len(row)) - np.searchsorted(sorted_row, sorted_row)
-    return segment
+def deal(costs: Index, num_microbatches: int, rows_each: int, num_replicas: int) -> Index:
+    """Return the place of each row, ``microbatch * rows_each + slot``; no place is taken twice.
+
+    The costliest row left goes to the replica that has least so far and room, there to the
+    microbatch that has least and room.
+
+    Args:
+        costs: [rows] attention work of each; at most ``num_microbatches * rows_each`` rows.
+        num_microbatches: multiple of ``num_replicas``; microbatch m is of replica
+            ``m % num_replicas``.
+    """
+    load = np.zeros(num_microbatches, dtype=np.int64)
+    filled = np.zeros(num_microbatches, dtype=np.int64)
+    replica_of = np.arange(num_microbatches) % num_replicas
+    place = np.zeros(len(costs), dtype=np.int64)
+    for row in np.argsort(-costs, kind="stable"):
+        replica_load = np.bincount(replica_of, weights=load)
+        has_room = filled < rows_each
+        order = np.lexsort((load, replica_load[replica_of], ~has_room))
+        chosen = order[0]
+        place[row] = chosen * rows_each + filled[chosen]
+        filled[chosen] += 1
+        load[chosen] += costs[row]
+    return place
+
+
+def _starts(lengths: Sequence[int]) -> Index:
+    return np.cumsum([0, *lengths[:-1]], dtype=np.int64)
 
 
 def _fill(
