@@ -148,6 +148,25 @@ class Flow:
         return bool(self._due)
 
     @property
+    def due(self) -> tuple[Stream, ...]:
+        """Streams whose next token is dictated, in the order in which they came to it."""
+        return tuple(self._due)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tags are text like any other: in sequential mode, and behind a refusal."""
+        return self._is_plain
+
+    @property
+    def round_verdict(self) -> FinishReason | None:
+        """Why the forced tokens that are due do not fit the budget; None where the next
+        ``begin_round`` places them.
+        """
+        if not self._due:
+            return None
+        return self.ledger.verdict(*(self._seal_need() if self.branches else self._fork_need()))
+
+    @property
     def num_tokens_due(self) -> int:
         """Tokens that the next round will feed at most."""
         num_tokens = len(self.decoding) + 2 * len(self._due)
@@ -178,8 +197,9 @@ class Flow:
         """
         if not self._due:
             return _NOTHING
-        due, self._due = self._due, []
-        return self._seal(due, version) if self.branches else self._fork(version)
+        move = self._seal(self._due, version) if self.branches else self._fork(version)
+        self._due = []
+        return move
 
     def accept(self, stream: Stream, token_id: int, logprob: float, version: int) -> bool:
         """Take the token sampled for ``stream``; decide whether it ends the stream or the
@@ -260,11 +280,15 @@ class Flow:
         vocabulary = self.grammar.vocabulary
         return [vocabulary.step_header(index + 1) for index in range(self.trunk.state.num_plans)]
 
+    def _fork_need(self) -> tuple[int, int]:
+        """Return the tokens and the end position without which no fork is begun."""
+        lengths = [len(header) + _SMALLEST_STEP_TOKENS for header in self._headers()]
+        return 1 + sum(lengths), self.cursor.position + 1 + max(lengths)
+
     def _fork(self, version: int) -> Move:
         """Map: seal ``</guideline>`` with the separator and open every branch with its header."""
         vocabulary, trunk, headers = self.grammar.vocabulary, self.trunk, self._headers()
-        lengths = [len(header) + _SMALLEST_STEP_TOKENS for header in headers]
-        refusal = self.ledger.verdict(1 + sum(lengths), self.cursor.position + 1 + max(lengths))
+        refusal = self.ledger.verdict(*self._fork_need())
         if refusal is not None:
             if self.request.on_refusal is RefusalPolicy.TERMINATE:
                 self.finish, self.finish_detail = refusal, "no room to fork"
@@ -290,17 +314,23 @@ class Flow:
         state = self.grammar.branch_start(self._fork_state, branch)
         return Stream(self, segment, state, branch_key(self.request.seed, block, branch))
 
+    def _seal_need(self) -> tuple[int, int]:
+        """Return the tokens and the end position that the seals due take, a join included, and one
+        sample behind them.
+        """
+        ends = [stream.segment.position_ids[-1] + 2 for stream in self._due]
+        num_tokens = len(self._due) + 1
+        if not self.decoding:
+            num_header = len(self.grammar.vocabulary.takeaway_header)
+            num_tokens += num_header
+            ends.append(max([self.cursor.position, *ends]) + num_header + 1)
+        return num_tokens, max(ends)
+
     def _seal(self, due: list[Stream], version: int) -> Move:
         """Process, Reduce: end each closed branch with its newline; behind the last one, join."""
         vocabulary = self.grammar.vocabulary
         is_join = not self.decoding
-        ends = [stream.segment.position_ids[-1] + 2 for stream in due]
-        num_tokens = len(due)
-        if is_join:
-            num_tokens += len(vocabulary.takeaway_header)
-            furthest = max([self.cursor.position, *ends])
-            ends.append(furthest + len(vocabulary.takeaway_header) + 1)
-        self.finish = self.ledger.verdict(num_tokens + 1, max(ends))
+        self.finish = self.ledger.verdict(*self._seal_need())
         if self.finish is not None:
             return _NOTHING
         for stream in due:
