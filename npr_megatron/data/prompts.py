@@ -7,8 +7,11 @@ have learnt the form from demonstrations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from npr_megatron.data.problems import Problem
 from npr_megatron.data.tokenizer import Tokenizer
+from npr_megatron.errors import InputError
 
 INSTRUCTION = """\
 Solve the problem in rounds of parallel work. Follow this format exactly; anything else is wrong.
@@ -55,6 +58,21 @@ class PromptBuilder:
 
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
         """Return the ids up to where the response begins; the instruction brings tags along."""
+        return self.conversation_ids([("user", problem.question)])
+
+    def conversation_ids(self, turns: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Return the ids of turns (role, text) whose last one asks; the instruction stands in it.
+
+        Raises:
+            InputError: the model knows no such conversation, or a character has no token.
+        """
+        *earlier, (role, question) = turns
         if self._tokenizer.has_chat_template:
-            return tuple(self._tokenizer.encode_user_turn(f"{problem.question}\n\n{INSTRUCTION}"))
-        return tuple(self._tokenizer.encode(f"{problem.question}\n"))
+            asking = (role, f"{question}\n\n{INSTRUCTION}")
+            return tuple(self._tokenizer.encode_turns([*earlier, asking]))
+        if earlier:
+            raise InputError(
+                f"a conversation of {len(turns)} turns was asked about; the model has no chat "
+                "template and answers single questions; send one user turn"
+            )
+        return tuple(self._tokenizer.encode(f"{question}\n"))

@@ -7,9 +7,10 @@ anything that uses this class. It does not change a tokenizer; adding the tags t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from npr_megatron.errors import InputError
@@ -58,13 +59,27 @@ class Tokenizer:
         Special tokens that ``text`` spells, the tags among them, become their ids. Needs a chat
         template.
         """
-        turn = self._hf.apply_chat_template(
-            [{"role": "user", "content": text}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-        return self.encode(str(turn))
+        return self.encode_turns([("user", text)])
+
+    def encode_turns(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+        """Return the ids of turns (role, text) and the opening of the answer, as a single user turn
+        is encoded.
+
+        Raises:
+            InputError: the chat template refuses the turns, or a character has no token.
+        """
+        messages = [{"role": role, "content": text} for role, text in turns]
+        try:
+            conversation = self._hf.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except TemplateError as error:
+            roles = ", ".join(role for role, _ in turns)
+            raise InputError(
+                f"turns of {roles} were to be encoded; the model's chat template refuses them "
+                f"({error}); send turns it knows"
+            ) from error
+        return self.encode(str(conversation))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``, special tokens included; ids without an entry are empty."""
