@@ -8,7 +8,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from npr_megatron.data.sums_tokenizer import build_sums_tokenizer
-from npr_megatron.data.tokenizer import load_tokenizer
+from npr_megatron.data.tokenizer import load_hf, load_tokenizer
+from npr_megatron.schema.tags import Tag
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -53,3 +54,13 @@ def chat_folder(tmp_path_factory):
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+@pytest.fixture(scope="session")
+def chat(chat_folder, tmp_path_factory):
+    """The same tokenizer with the eight tags."""
+    folder = tmp_path_factory.mktemp("tagged-chat-tokenizer")
+    hf = load_hf(chat_folder)
+    hf.add_tokens([AddedToken(tag.value, special=True, normalized=False) for tag in Tag])
+    hf.save_pretrained(folder)
+    return load_tokenizer(folder)
