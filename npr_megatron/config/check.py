@@ -15,18 +15,14 @@ from typing import cast
 
 from npr_megatron.config.hf_architecture import read_trainable_architecture
 from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.parallel_check import parallel_problems
 from npr_megatron.config.run import PromptFileTask, RunConfig, SumsTask
 from npr_megatron.config.stages import SftPhase
-from npr_megatron.config.training import OptimizerConfig, ParallelConfig
+from npr_megatron.config.training import OptimizerConfig
 from npr_megatron.errors import InputError
 
-ROW_MULTIPLE = 16
-"""Packed rows are padded to a multiple of this many tokens."""
 MIN_BF16_GAP = 0.01
 """Two kernels that compute the same in bf16 differ by about this much in log-probs."""
-
-_TRAINED_DEGREES = ("tp_size", "pp_size", "dp_size")
-"""What of ParallelConfig the trainer runs with."""
 
 
 def check_run(config: RunConfig, architecture: ModelConfig | None = None) -> list[str]:
@@ -40,9 +36,8 @@ def check_run(config: RunConfig, architecture: ModelConfig | None = None) -> lis
     model = config.model.architecture or architecture
     problems = [*_start(config), *_task(config), *_budgets(config), *_precision(config)]
     if model is not None:
-        problems += [*_family(model), *_shape(model)]
-        problems += [*_layout(config, model), *_positions(config, model)]
-    problems += _parallelism(config.parallel)
+        problems += [*model_problems(model), *_positions(config, model)]
+    problems += parallel_problems(config.parallel, config.trainer, model)
     return [*problems, *_stages(config), *_cluster(config)]
 
 
@@ -69,12 +64,17 @@ def check_all(config: RunConfig) -> list[str]:
     return [*problems, *check_run(config, architecture)]
 
 
-def _start(config: RunConfig) -> Iterator[str]:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name):
+def name_problems(name: str) -> Iterator[str]:
+    """Yield what keeps a run from being called ``name``."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         yield (
-            f"run.name {config.run.name!r} names a folder; use letters, digits, '.', '-' and '_', "
+            f"run.name {name!r} names a folder; use letters, digits, '.', '-' and '_', "
             "the first one a letter or digit"
         )
+
+
+def _start(config: RunConfig) -> Iterator[str]:
+    yield from name_problems(config.run.name)
     has_path, is_new = config.model.path is not None, config.model.architecture is not None
     if has_path and is_new:
         yield (
@@ -171,8 +171,8 @@ def _precision(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _family(model: ModelConfig) -> Iterator[str]:
-    """Weights of more models can be laid out than training and decoding compute."""
+def model_problems(model: ModelConfig) -> Iterator[str]:
+    """Yield what keeps ``model`` from being trained: weights of more models can be laid out."""
     if model.family != "qwen3":
         yield (
             f"model.architecture.family is {model.family} and training computes dense Qwen3 only; "
@@ -188,58 +188,8 @@ def _family(model: ModelConfig) -> Iterator[str]:
             f"model.architecture.moe has {model.moe.num_experts} experts and training computes "
             "dense layers only; remove [model.architecture.moe]"
         )
-
-
-def _parallelism(parallel: ParallelConfig) -> Iterator[str]:
-    """A layout for weights may be asked for that the trainer does not run with."""
-    for name, field in ParallelConfig.model_fields.items():
-        value = getattr(parallel, name)
-        if name not in _TRAINED_DEGREES and value != field.default:
-            yield (
-                f"parallel.{name} is {json.dumps(value)} and the trainer runs without it (weights "
-                "can be laid out and converted so); remove it"
-            )
-
-
-def _shape(model: ModelConfig) -> Iterator[str]:
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    if heads % kv_heads:
-        yield (
-            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; "
-            "every key-value head serves equally many query heads"
-        )
     if model.head_dim % 2:
         yield f"head_dim {model.head_dim} is odd and rotary positions turn pairs; make it even"
-
-
-def _layout(config: RunConfig, model: ModelConfig) -> Iterator[str]:
-    tp, pp = config.parallel.tp_size, config.parallel.pp_size
-    shards = {
-        "num_attention_heads": model.num_attention_heads,
-        "vocab_size": model.vocab_size,
-        "intermediate_size": model.intermediate_size,
-    }
-    for name, value in shards.items():
-        if value % tp:
-            yield f"{name} {value} is not a multiple of parallel.tp_size {tp}; change tp_size"
-    kv_heads = model.num_key_value_heads
-    if kv_heads % tp and tp % kv_heads:
-        yield (
-            f"num_key_value_heads {kv_heads} and parallel.tp_size {tp} do not divide one another; "
-            "change tp_size"
-        )
-    if model.num_hidden_layers % pp:
-        yield (
-            f"num_hidden_layers {model.num_hidden_layers} is not a multiple of parallel.pp_size "
-            f"{pp}; "
-            "change pp_size"
-        )
-    if config.trainer.row_tokens % tp or (tp > 1 and ROW_MULTIPLE % tp):
-        yield (
-            f"parallel.tp_size {tp} splits rows (sequence parallel), so it must divide "
-            f"trainer.row_tokens {config.trainer.row_tokens} and {ROW_MULTIPLE}; "
-            "use 1, 2, 4, 8 or 16 and a multiple of it"
-        )
 
 
 def _positions(config: RunConfig, model: ModelConfig) -> Iterator[str]:
@@ -265,7 +215,7 @@ def _stages(config: RunConfig) -> Iterator[str]:
     for name, stage in (("zero", config.zero), ("beta", config.beta), ("npr", config.npr)):
         schedules.append((name, stage.num_steps, stage.optimizer))
     for name, num_steps, optimizer in schedules:
-        yield from _schedule(name, num_steps, optimizer)
+        yield from schedule_problems(name, num_steps, optimizer)
     if config.evaluation.speed_problems > config.evaluation.num_problems:
         yield (
             f"evaluation.speed_problems {config.evaluation.speed_problems} is above "
@@ -281,7 +231,8 @@ def _mixture(name: str, mixture: dict[str, float]) -> Iterator[str]:
         yield f"shares of {name}.mixture sum to {total:g} or are negative; make them sum to 1"
 
 
-def _schedule(name: str, num_steps: int, optimizer: OptimizerConfig) -> Iterator[str]:
+def schedule_problems(name: str, num_steps: int, optimizer: OptimizerConfig) -> Iterator[str]:
+    """Yield what is wrong between the learning-rate schedule of ``name`` and its length."""
     if optimizer.warmup_steps >= num_steps and optimizer.warmup_steps > 0:
         yield (
             f"{name}.optimizer.warmup_steps {optimizer.warmup_steps} leaves nothing of "

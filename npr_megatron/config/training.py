@@ -40,9 +40,19 @@ class ParallelConfig(Section):
     Megatron's own scripts pad)."""
 
     @property
+    def ranks_per_stage(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.tp_size * self.cp_size * self.dp_size
+
+    @property
     def world_size(self) -> int:
         """Trainer ranks."""
-        return self.tp_size * self.cp_size * self.dp_size * self.pp_size
+        return self.ranks_per_stage * self.pp_size
+
+    @property
+    def expert_tp_size(self) -> int:
+        """Ranks that each routed expert is cut over."""
+        return self.etp_size or self.tp_size
 
 
 class TrainerConfig(Section):
@@ -54,6 +64,10 @@ class TrainerConfig(Section):
     rows_per_microbatch: PositiveInt = 8
     max_logprob_gap: PositiveFloat = 1e-3
     """Largest |trainer - engine| log-prob allowed on a rollout token before the run stops."""
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    """How the linear layers scale to FP8; None: they compute in ``dtype``."""
+    device_memory_gib: PositiveFloat | None = None
+    """Memory of a trainer rank's device; given, what the rank is estimated to need must fit."""
 
 
 class OptimizerConfig(Section):

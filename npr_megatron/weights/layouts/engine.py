@@ -12,18 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from npr_megatron.config.divisions import (
+    attention_problems,
+    divides,
+    kinds_of_layers,
+    mlp_problems,
+)
 from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.errors import LayoutError
 from npr_megatron.weights.box import Box
-from npr_megatron.weights.layouts.parts import (
-    Shapes,
-    attention_problems,
-    divides,
-    gated_rows,
-    kinds_of_layers,
-    layer_shapes,
-    mlp_problems,
-)
+from npr_megatron.weights.layouts.parts import Shapes, gated_rows, layer_shapes
 from npr_megatron.weights.names import (
     EMBEDDING,
     EXPERT_BIAS,

@@ -31,19 +31,9 @@ def place_of(parallel: ParallelConfig, rank: int) -> RankPlace:
     Example:
         tp 2, dp 2, ep 2, etp 1: rank 3 is tp 1 of dp 1, and ep 1 of edp 1.
     """
-    stage, inside = divmod(rank, ranks_per_stage(parallel))
+    stage, inside = divmod(rank, parallel.ranks_per_stage)
     replica, tp = divmod(inside, parallel.tp_size)
     dp, cp = divmod(replica, parallel.cp_size)
-    experts, etp = divmod(inside, expert_tp_size(parallel))
+    experts, etp = divmod(inside, parallel.expert_tp_size)
     edp, ep = divmod(experts, parallel.ep_size)
     return RankPlace(stage=stage, tp=tp, cp=cp, dp=dp, etp=etp, ep=ep, edp=edp)
-
-
-def ranks_per_stage(parallel: ParallelConfig) -> int:
-    """Return the ranks of one pipeline stage."""
-    return parallel.tp_size * parallel.cp_size * parallel.dp_size
-
-
-def expert_tp_size(parallel: ParallelConfig) -> int:
-    """Return over how many ranks each routed expert is cut."""
-    return parallel.etp_size or parallel.tp_size

@@ -12,18 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from npr_megatron.config.model import ModelConfig, MoeConfig
+from npr_megatron.config.parallel_check import layout_problems
+from npr_megatron.config.pipeline import split_layers
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import LayoutError
-from npr_megatron.weights.layouts.parts import (
-    Shapes,
-    attention_problems,
-    divides,
-    gated_rows,
-    layer_shapes,
-    mlp_problems,
-)
-from npr_megatron.weights.layouts.pipeline import pipeline_problems, split_layers
-from npr_megatron.weights.layouts.ranks import expert_tp_size, place_of, ranks_per_stage
+from npr_megatron.weights.layouts.parts import Shapes, gated_rows, layer_shapes
+from npr_megatron.weights.layouts.ranks import place_of
 from npr_megatron.weights.names import (
     EMBEDDING,
     EXPERT_BIAS,
@@ -73,7 +67,7 @@ def trainer_layout(model: ModelConfig, parallel: ParallelConfig) -> Layout:
         LayoutError: sizes do not divide, or the pipeline cannot be split as asked; the message
             lists every problem.
     """
-    if problems := _problems(model, parallel):
+    if problems := layout_problems(model, parallel):
         raise LayoutError("\n".join(problems))
     stages = split_layers(model.num_hidden_layers, parallel)
     declaration = _Declaration(model, parallel)
@@ -149,7 +143,7 @@ class _Declaration:
         if moe.has_expert_bias:
             yield whole("mlp.router.expert_bias", EXPERT_BIAS, shapes[EXPERT_BIAS], "fp32")
         num_local = moe.num_experts // self._parallel.ep_size
-        etp_size = expert_tp_size(self._parallel)
+        etp_size = self._parallel.expert_tp_size
         for local in range(num_local):
             own = f"mlp.experts.local_experts.{local}"
             yield from _mlp(own, expert(shard.ep * num_local + local), shapes, shard.etp, etp_size)
@@ -189,39 +183,3 @@ def _mlp(own: str, hf: str, shapes: Shapes, part: int, num_parts: int) -> Iterat
 def _copied(storage: str, parameter: str, shapes: Shapes) -> Piece:
     """Every rank of the stage holds the whole parameter."""
     return whole(storage, parameter, shapes[parameter])
-
-
-def _problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
-    tp_size = parallel.tp_size
-    experts_by = "parallel.etp_size" if parallel.etp_size else "parallel.tp_size"
-    asked_by = ("parallel.tp_size", experts_by)
-    problems = [
-        *attention_problems(model, tp_size, "parallel.tp_size"),
-        *mlp_problems(model, tp_size, expert_tp_size(parallel), asked_by),
-        *_expert_problems(model, parallel),
-        *pipeline_problems(model.num_hidden_layers, parallel),
-    ]
-    qkv_rows = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-    if qkv_rows % tp_size:
-        problems.append(
-            f"the fused qkv matrix has {qkv_rows} rows, not a multiple of parallel.tp_size "
-            f"{tp_size}; choose one that divides it"
-        )
-    return problems
-
-
-def _expert_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    ep_size, etp_size = parallel.ep_size, expert_tp_size(parallel)
-    if model.moe is None:
-        if ep_size > 1 or parallel.etp_size is not None:
-            yield (
-                f"parallel.ep_size {ep_size} or etp_size {parallel.etp_size} spreads experts and "
-                "the model has none; remove both"
-            )
-        return
-    yield from divides("num_experts", model.moe.num_experts, ep_size, "parallel.ep_size")
-    if ranks_per_stage(parallel) % (ep_size * etp_size):
-        yield (
-            f"parallel.ep_size {ep_size} * etp_size {etp_size} does not divide the "
-            f"{ranks_per_stage(parallel)} ranks of a stage (tp * cp * dp); change one of them"
-        )

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from npr_megatron.config.pipeline import pipeline_problems, split_layers
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import LayoutError
-from npr_megatron.weights.layouts.pipeline import pipeline_problems, split_layers
 from tests.unit.weights.oracles import Topology, stages_of, topologies
 
 STRINGS = [

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.weights.layouts.ranks import RankPlace, expert_tp_size, place_of
+from npr_megatron.weights.layouts.ranks import RankPlace, place_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -33,7 +33,7 @@ def grids(draw: st.DrawFn) -> ParallelConfig:
 @given(grids())
 def test_ranks_stand_where_megatron_puts_them(parallel: ParallelConfig):
     tp, cp, dp, pp = parallel.tp_size, parallel.cp_size, parallel.dp_size, parallel.pp_size
-    ep, etp = parallel.ep_size, expert_tp_size(parallel)
+    ep, etp = parallel.ep_size, parallel.expert_tp_size
     dense = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order=ORDER)
     expert_dp = tp * cp * dp // (ep * etp)
     experts = RankGenerator(tp=etp, ep=ep, dp=expert_dp, pp=pp, cp=1, order=ORDER)
@@ -59,4 +59,4 @@ def test_one_rank_by_hand():
 
 @pytest.mark.parametrize(("etp", "expected"), [(None, 4), (1, 1), (2, 2)])
 def test_experts_are_cut_like_the_rest_unless_told_otherwise(etp, expected):
-    assert expert_tp_size(ParallelConfig(tp_size=4, etp_size=etp)) == expected
+    assert ParallelConfig(tp_size=4, etp_size=etp).expert_tp_size == expected

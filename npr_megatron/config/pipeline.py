@@ -132,11 +132,14 @@ def _string_problems(layout: str, num_layers: int, parallel: ParallelConfig) -> 
             f"{parallel.vpp_size} are {num_chunks}; change one of them"
         )
     if letters.count("E") != 1 or not chunks[0].startswith("E"):
-        yield f"{named} must begin with its one E, the embedding"
+        yield f"{named} must begin with its one E, the embedding; move it there"
     if letters.count("L") != 1 or not chunks[-1].endswith("L"):
-        yield f"{named} must end with its one L, the loss"
+        yield f"{named} must end with its one L, the loss; move it there"
     if letters.count("t") != num_layers:
-        yield f"{named} places {letters.count('t')} layers, num_hidden_layers is {num_layers}"
+        yield (
+            f"{named} places {letters.count('t')} layers, num_hidden_layers is {num_layers}; "
+            "write one t for each layer"
+        )
 
 
 def _uneven_problems(num_layers: int, parallel: ParallelConfig) -> Iterator[str]:

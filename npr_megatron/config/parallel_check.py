@@ -1,0 +1,179 @@
+"""Every problem with ``[parallel]`` at once, before any process starts: pure.
+
+A sentence has three parts: the fields, what they are against what they must be, what to change.
+:func:`layout_problems` is what keeps the weights from being cut, which holds for training and for
+moving weights alike; :func:`parallel_problems` adds what training asks for.
+
+One trap is closed elsewhere: interleaved chunks on two stages need ``batch_p2p_comm`` off, or
+Megatron silently swaps two messages between them. No field turns it on; see
+``model.transformer_config``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from npr_megatron.config.device_memory import rank_memory
+from npr_megatron.config.divisions import attention_problems, divides, mlp_problems
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.pipeline import pipeline_problems
+from npr_megatron.config.training import ParallelConfig, TrainerConfig
+
+ROW_MULTIPLE = 16
+"""Packed rows are padded to a multiple of this many tokens."""
+_FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+"""What both sides of a matrix product must be multiples of, by recipe."""
+_UNTRAINED = ("cp_size", "vocab_divisor", "vpp_size")
+_UNTRAINED_SPLITS = (
+    "num_layers_in_first_stage",
+    "num_layers_in_last_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_layout",
+)
+_GIB = 2**30
+
+
+def parallel_problems(
+    parallel: ParallelConfig, trainer: TrainerConfig, model: ModelConfig | None
+) -> list[str]:
+    """Return every problem of training ``model`` laid out as ``parallel``; empty when it can run.
+
+    Args:
+        parallel: a section whose single fields are valid.
+        trainer: rows, numerics and the memory of a device.
+        model: what is trained; without it the rules about its shape are skipped.
+    """
+    problems = [*_rows(parallel, trainer), *_untrained(parallel)]
+    if model is None:
+        return problems
+    shape = layout_problems(model, parallel)
+    problems += [*shape, *_vocabulary(model, parallel), *_fp8(model, parallel, trainer)]
+    if not shape:
+        problems += _memory(model, parallel, trainer)
+    return problems
+
+
+def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """Return everything that keeps the weights of ``model`` from being cut as ``parallel`` says."""
+    tp_size = parallel.tp_size
+    experts_by = "parallel.etp_size" if parallel.etp_size else "parallel.tp_size"
+    asked_by = ("parallel.tp_size", experts_by)
+    problems = [
+        *attention_problems(model, tp_size, "parallel.tp_size"),
+        *mlp_problems(model, tp_size, parallel.expert_tp_size, asked_by),
+        *_experts(model, parallel),
+        *pipeline_problems(model.num_hidden_layers, parallel),
+    ]
+    qkv_rows = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    if qkv_rows % tp_size:
+        problems.append(
+            f"the fused qkv matrix has {qkv_rows} rows, not a multiple of parallel.tp_size "
+            f"{tp_size}; choose one that divides it"
+        )
+    return problems
+
+
+def _experts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    ep_size, etp_size = parallel.ep_size, parallel.expert_tp_size
+    if model.moe is None:
+        if ep_size > 1 or parallel.etp_size is not None:
+            yield (
+                f"parallel.ep_size {ep_size} or etp_size {parallel.etp_size} spreads experts and "
+                "the model has none; remove both"
+            )
+        return
+    yield from divides("num_experts", model.moe.num_experts, ep_size, "parallel.ep_size")
+    if parallel.ranks_per_stage % (ep_size * etp_size):
+        yield (
+            f"parallel.ep_size {ep_size} * etp_size {etp_size} does not divide the "
+            f"{parallel.ranks_per_stage} ranks of a stage (tp * cp * dp); change one of them"
+        )
+
+
+def _rows(parallel: ParallelConfig, trainer: TrainerConfig) -> Iterator[str]:
+    """Rows are cut by context parallelism into two slices a rank, then by sequence parallelism."""
+    slices = parallel.tp_size * (2 * parallel.cp_size if parallel.cp_size > 1 else 1)
+    if slices == 1 or not (trainer.row_tokens % slices or ROW_MULTIPLE % slices):
+        return
+    named = f"parallel.tp_size {parallel.tp_size}"
+    if parallel.cp_size > 1:
+        named += f" with cp_size {parallel.cp_size}"
+    yield (
+        f"{named} cuts rows into {slices} equal slices (sequence parallel, and two for each rank "
+        f"of cp), so {slices} must divide trainer.row_tokens {trainer.row_tokens} and "
+        f"{ROW_MULTIPLE}; use 1, 2, 4, 8 or 16 slices and a multiple of it"
+    )
+
+
+def _untrained(parallel: ParallelConfig) -> Iterator[str]:
+    """A layout for weights may be asked for that the trainer does not run with."""
+    for name in (*_UNTRAINED, *_UNTRAINED_SPLITS):
+        value = getattr(parallel, name)
+        if value != ParallelConfig.model_fields[name].default:
+            yield (
+                f"parallel.{name} is {json.dumps(value)} and the trainer runs without it (weights "
+                "can be laid out and converted so); remove it"
+            )
+
+
+def _vocabulary(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    yield from divides("vocab_size", model.vocab_size, parallel.tp_size, "parallel.tp_size")
+
+
+def _fp8(model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig) -> Iterator[str]:
+    """Matrix products in FP8 want aligned sides, on every rank after all cuts."""
+    if trainer.fp8 is None:
+        return
+    yield (f'trainer.fp8 is "{trainer.fp8}" and training computes in trainer.dtype only; remove it')
+    if trainer.dtype != "bf16":
+        yield (
+            f'trainer.fp8 is "{trainer.fp8}" and trainer.dtype is "{trainer.dtype}"; FP8 scales '
+            'bf16, set dtype = "bf16"'
+        )
+    multiple = _FP8_MULTIPLES[trainer.fp8]
+    for what, size, over in _product_sides(model, parallel, trainer):
+        if size % (over * multiple):
+            share = "" if over == 1 else f" over {over} ranks"
+            yield (
+                f"{what} is {size}{share}, and {trainer.fp8} FP8 multiplies matrices whose sides "
+                f"are multiples of {multiple}; make it a multiple of {over * multiple}, or cut it "
+                "over fewer ranks"
+            )
+
+
+def _product_sides(
+    model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig
+) -> Iterator[tuple[str, int, int]]:
+    """Yield what each side of a matrix product is, its size, and over how many ranks it is cut."""
+    tp, heads, kv_heads = parallel.tp_size, model.num_attention_heads, model.num_key_value_heads
+    yield "hidden_size", model.hidden_size, 1
+    qkv_rows = (heads + 2 * kv_heads) * model.head_dim
+    yield "(num_attention_heads + 2 * num_key_value_heads) * head_dim", qkv_rows, tp
+    yield "num_attention_heads * head_dim", heads * model.head_dim, tp
+    moe = model.moe
+    if moe is None or moe.num_dense_layers:
+        yield "intermediate_size", model.intermediate_size, tp
+    if moe is not None:
+        yield "moe_intermediate_size", moe.moe_intermediate_size, parallel.expert_tp_size
+        yield "shared_intermediate_size", moe.shared_intermediate_size, tp
+    yield "trainer.row_tokens", trainer.row_tokens, tp * parallel.cp_size
+
+
+def _memory(model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig) -> Iterator[str]:
+    """The stages differ; the one that needs most is named."""
+    if trainer.device_memory_gib is None:
+        return
+    stages = [rank_memory(model, parallel, trainer, stage) for stage in range(parallel.pp_size)]
+    stage = max(range(parallel.pp_size), key=lambda stage: stages[stage].total)
+    needed = stages[stage]
+    if needed.total <= trainer.device_memory_gib * _GIB:
+        return
+    yield (
+        f"a rank of stage {stage} is estimated to need {needed.total / _GIB:.1f} GiB (weights "
+        f"{needed.weights / _GIB:.1f}, gradients {needed.gradients / _GIB:.1f}, optimizer "
+        f"{needed.optimizer / _GIB:.1f}, activations {needed.activations / _GIB:.1f}) and "
+        f"trainer.device_memory_gib is {trainer.device_memory_gib:g}; raise parallel.tp_size, "
+        "pp_size or dp_size, or lower trainer.row_tokens or rows_per_microbatch"
+    )
