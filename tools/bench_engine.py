@@ -41,6 +41,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -53,7 +54,6 @@ from bench_engine_workload import Workload
 from bench_figures import Figure, table_of
 from rich.console import Console
 
-_SGLANG = Path(__file__).parents[1] / ".venv-sglang"
 _GIBIBYTE = 2**30
 
 
@@ -112,22 +112,19 @@ def _measured(asked: argparse.Namespace, folder: Path) -> list[Figure]:
     tiny.write(folder)
     mixed = Workload.spread(4 * sizes.batches[-1], sizes.longest)
     large = Subject.random(TINY if asked.quick else BEYOND_CACHES, asked.device)
-    python = asked.sglang / "bin" / "python"
     sections: dict[str, Callable[[], list[Figure]]] = {
         "parallel": lambda: parallel_figures(large, sizes.branches, sizes.step_tokens, repeats),
         "hf": lambda: hf_figures(tiny, folder, sizes.batches, sizes.longest, repeats),
-        "sglang": lambda: sglang_figures(
-            tiny, folder, python, sizes.batches, sizes.longest, repeats
-        ),
+        "sglang": lambda: sglang_figures(tiny, folder, sizes.batches, sizes.longest, repeats),
         "group": lambda: group_figures(tiny, sizes.group_prompt, sizes.group_responses, repeats),
         "overhead": lambda: [overhead_figure(tiny, mixed, sizes.batches[-1], repeats)],
         "history": lambda: [history_figure(tiny, *sizes.history)],
         "device": lambda: _device_figures(asked, sizes),
     }
-    if "sglang" in asked.only and not python.exists():
+    if "sglang" in asked.only and find_spec("sglang") is None:
         print(
-            f"The figures against SGLang are left out: there is no environment in {asked.sglang}; "
-            f"make it with: bash tools/setup_sglang_cpu.sh {asked.sglang}",
+            "The figures against SGLang are left out: it is not installed; "
+            "install it with: bash tools/setup_sglang",
             file=sys.stderr,
         )
         del sections["sglang"]
@@ -154,9 +151,6 @@ def _arguments() -> argparse.Namespace:
     )
     options.add_argument("--repeats", type=int, default=5, help="of each measurement, best kept")
     options.add_argument("--quick", action="store_true", help="tiny sizes, to see that all runs")
-    options.add_argument(
-        "--sglang", type=Path, default=_SGLANG, help="environment of tools/setup_sglang_cpu.sh"
-    )
     options.add_argument("--json", action="store_true")
     asked = options.parse_args()
     asked.only = asked.only or (on_cpu if asked.device == "cpu" else ("device",))

@@ -2,7 +2,7 @@
 measured.
 
 Stock sequential decoding by SGLang: ids in and out, continuous batching, radix cache, one computing
-thread on a core of its own. tools/setup_sglang_cpu.sh makes the environment it runs in.
+thread on a core of its own. tools/setup_sglang installs it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -33,16 +34,13 @@ class SglangServer:
     """A running SGLang; close it by leaving its context.
 
     Args:
-        python: interpreter of SGLang's environment.
         model_folder: HF folder of the model.
         max_running: requests decoded at once.
         core: the one that computes.
         has_overlap: whether the next batch is scheduled while one is computed.
     """
 
-    def __init__(
-        self, python: Path, model_folder: Path, max_running: int, core: int, has_overlap: bool
-    ) -> None:
+    def __init__(self, model_folder: Path, max_running: int, core: int, has_overlap: bool) -> None:
         options = {
             "model_path": str(model_folder),
             "device": "cpu",
@@ -60,7 +58,7 @@ class SglangServer:
         answers, other_end = os.pipe()
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed on exit)
         self._process = subprocess.Popen(
-            [str(python), str(_WORKER), json.dumps(options), str(other_end)],
+            [sys.executable, str(_WORKER), json.dumps(options), str(other_end)],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,

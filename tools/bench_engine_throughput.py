@@ -64,7 +64,7 @@ def workloads(batch: int, longest: int) -> dict[str, Workload]:
 
 
 def sglang_figures(
-    subject: Subject, folder: Path, python: Path, batches: Sequence[int], longest: int, repeats: int
+    subject: Subject, folder: Path, batches: Sequence[int], longest: int, repeats: int
 ) -> list[Figure]:
     """SGLang, with or without its overlapped scheduler, whichever is faster.
 
@@ -77,7 +77,7 @@ def sglang_figures(
         engine = subject.engine(batch, has_end=False)
         with on_one_core() as core, ExitStack() as stack:
             plain, overlapped = (
-                stack.enter_context(SglangServer(python, folder, batch, core, has_overlap))
+                stack.enter_context(SglangServer(folder, batch, core, has_overlap))
                 for has_overlap in (False, True)
             )
             runs = [partial(_timed_serve, engine), plain.serve, overlapped.serve]

@@ -14,13 +14,11 @@ constraints="$root/tools/constraints-cpu.txt"
 
 set_up() {
   local extra="${1:-run}" wanted stamp
-  mkdir -p "$venv"
-  exec 9>"$venv/.setup-lock"
-  flock 9 # two tools started at once set up one after the other
+  lock_venv
   wanted="$(cat "$root/pyproject.toml" "$constraints" "$root/tools/setup.sh" | sha256sum)"
   for stamp in "$venv/.setup-$extra" "$venv/.setup-dev"; do # dev contains run
-    if [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
-      exec 9>&-
+    if is_stamped "$stamp" "$wanted"; then
+      unlock_venv
       return
     fi
   done
@@ -29,7 +27,21 @@ set_up() {
   has_cuda || install_cpu_torch
   install_package "$extra"
   printf '%s\n' "$wanted" >"$venv/.setup-$extra"
+  unlock_venv
+}
+
+lock_venv() {
+  mkdir -p "$venv"
+  exec 9>"$venv/.setup-lock"
+  flock 9 # two tools started at once set up one after the other
+}
+
+unlock_venv() {
   exec 9>&-
+}
+
+is_stamped() {
+  [[ -f "$1" && "$(<"$1")" == "$2" ]]
 }
 
 has_cuda() {

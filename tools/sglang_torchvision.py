@@ -1,23 +1,26 @@
-"""Lets torchvision be imported beside a torch without CUDA; see tools/setup_sglang_cpu.sh.
+"""Lets torchvision be imported beside a torch without CUDA; tools/setup_sglang installs it.
 
 SGLang imports torchvision. The wheel that package indexes carry is built against CUDA: without it
 its operators are not loaded, and the import fails at the first that it describes. Here the two in
 question are declared, unusable, just before torchvision is imported. A ``.pth`` file imports this
-module in every process of that environment; torch is imported only if torchvision is.
+module in every process of that environment, so it costs nothing; torch is imported only if
+torchvision is.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
-class _Declare(MetaPathFinder):
+class _Declare:
     """Finds no module; acts once, on the way to torchvision."""
 
     def find_spec(

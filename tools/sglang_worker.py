@@ -1,4 +1,4 @@
-"""Serves requests by SGLang; run by tools/bench_engine_sglang.py in SGLang's own environment.
+"""Serves requests by SGLang; run by tools/bench_engine_sglang.py in a process of its own.
 
 Its argument is a JSON object of engine options. Each line that comes in is a JSON list of
 [prompt ids, number of tokens]; each line that goes out is the number of seconds they took, the

@@ -17,11 +17,23 @@ SCRIPTS = [
     ROOT / ".ci/run",
 ]
 
-# Stands in for every program of .venv: notes how it was called, fails when told to.
+# Stands in for every program of .venv: notes how it was called, fails when told to. The packages
+# that it lists change with every call of pip when it is told that.
 PROGRAM = """#!/usr/bin/env bash
-echo "$(basename "$0") $*" >>"$NOTES"
-[[ "${FAIL:-}" != "$(basename "$0")" ]]
+call="$(basename "$0") $*"
+echo "$call" >>"$NOTES"
+if [[ "$call" == *"pip list"* ]]; then
+  echo "torch==${CHANGES:+$(wc -l <"$NOTES").}2.13"
+fi
+if [[ -n "${FAIL:-}" && "$call" == "$FAIL"* ]]; then
+  [[ -z "${SAYS:-}" ]] || echo "$SAYS" >&2
+  exit "${CODE:-1}"
+fi
 """
+PIP = "python -m pip install -qq --disable-pip-version-check"
+SIDE_BY_SIDE = ("tests/architecture", "tests/examples", "tests/parity", "tests/unit")
+TOGETHER = f"python -m pytest {' '.join(SIDE_BY_SIDE)} -n logical --maxprocesses 4 --dist worksteal"
+ALONE = f"python -m pytest {' '.join(f'--ignore={folder}' for folder in SIDE_BY_SIDE)}"
 
 
 @pytest.fixture
@@ -39,13 +51,31 @@ def checkout(tmp_path):
     return root
 
 
-def stamp(root: Path, extra: str) -> None:
-    """Mark the environment as set up, as the last installation would have."""
-    text = 'cat "$1/pyproject.toml" "$1/tools/constraints-cpu.txt" "$1/tools/setup.sh" | sha256sum'
-    made = subprocess.run(
-        ["bash", "-c", text, "-", str(root)], capture_output=True, text=True, check=True
-    )
-    (root / ".venv" / f".setup-{extra}").write_text(made.stdout)
+READ = {
+    "run": ("../pyproject.toml", "constraints-cpu.txt", "setup.sh"),
+    "dev": ("../pyproject.toml", "constraints-cpu.txt", "setup.sh"),
+    "sglang": (
+        "../pyproject.toml",
+        "constraints-cpu.txt",
+        "setup.sh",
+        "setup_sglang",
+        "sglang_torchvision.py",
+    ),
+}
+"""Files in tools/ that an installation follows."""
+
+
+def stamp(root: Path, *extras: str) -> None:
+    """Mark the environment as set up, as the last installations would have."""
+    for extra in extras:
+        made = subprocess.run(
+            ["bash", "-c", 'cat "$@" | sha256sum', "-", *READ[extra]],
+            cwd=root / "tools",
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        (root / ".venv" / f".setup-{extra}").write_text(made.stdout)
 
 
 def call(
@@ -85,7 +115,7 @@ def test_an_environment_for_testing_can_run_the_quickstart_too(checkout):
 
 @pytest.mark.parametrize("changed", ["pyproject.toml", "tools/constraints-cpu.txt"])
 def test_a_changed_requirement_installs_again_with_the_constraints(checkout, changed):
-    stamp(checkout, "dev")
+    stamp(checkout, "dev", "sglang")
     with (checkout / changed).open("a") as file:
         file.write("# changed\n")
     _, called, output = call(checkout, "tools/test")
@@ -100,8 +130,70 @@ def test_a_failed_installation_is_not_taken_for_done(checkout):
     assert not any("pytest" in line for line in called)
 
 
-def test_check_runs_every_gate_then_the_tests(checkout):
+def installed(called: list[str]) -> list[str]:
+    """Return what pip was asked to install, without the check of torch before it."""
+    return [line.removeprefix(f"{PIP} ") for line in called if line.startswith(PIP)]
+
+
+def test_sglang_is_installed_without_its_requirements_and_only_once(checkout):
+    stamp(checkout, "run")
+    code, called, _ = call(checkout, "tools/setup_sglang")
+    alone, imported = installed(called)
+    assert code == 0
+    assert alone.startswith("--no-deps sglang==")
+    assert "openai" in imported and "--constraint" in imported
+    assert called[-1] == "python -c import sglang"
+    assert call(checkout, "tools/setup_sglang") == (0, [], "")
+
+
+def test_with_cuda_sglang_comes_with_all_it_requires(checkout, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    stamp(checkout, "run")
+    _, called, _ = call(checkout, "tools/setup_sglang", PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert called == [f"{PIP} --editable {checkout}[sglang]", "python -c import sglang"]
+
+
+def test_sglang_that_changes_other_packages_is_refused(checkout):
+    stamp(checkout, "run")
+    code, _, output = call(checkout, "tools/setup_sglang", CHANGES="yes")
+    assert code == 2
+    assert "SGLang replaced packages of .venv" in output
+    assert not (checkout / ".venv/.setup-sglang").exists()
+
+
+@pytest.mark.parametrize(
+    ("errors", "reason"),
+    [
+        ("ERROR: ... requirement sglang==1 (from versions: none)", "no package index answered"),
+        ("ERROR: ... requirement sglang==1 (from versions: 0.5)", "no package index has sglang==1"),
+        ("ERROR: No space left on device", "ERROR: No space left on device"),
+        ("Killed", "Killed"),
+    ],
+)
+def test_where_sglang_cannot_be_had_the_reason_is_one_line_and_the_tests_run(
+    checkout, errors, reason
+):
     stamp(checkout, "dev")
+    fails = {"FAIL": f"{PIP} --no-deps", "SAYS": errors}
+    code, _, output = call(checkout, "tools/setup_sglang", **fails)
+    said = output.splitlines()[-1]
+    assert (code, said[: 27 + len(reason)]) == (3, f"SGLang cannot be had here: {reason}")
+    assert (checkout / ".venv/.sglang-missing").read_text() == f"{said}\n"
+    code, called, output = call(checkout, "tools/test", **fails)
+    assert (code, called[-2:]) == (0, [TOGETHER, ALONE])
+    assert said in output
+
+
+def test_an_sglang_that_cannot_be_imported_fails_the_tests(checkout):
+    stamp(checkout, "dev")
+    code, called, _ = call(checkout, "tools/test", FAIL="python -c import sglang")
+    assert code == 2
+    assert not any("pytest" in line for line in called)
+
+
+def test_check_runs_every_gate_then_the_tests(checkout):
+    stamp(checkout, "dev", "sglang")
     code, called, _ = call(checkout, "tools/check", "-k", "nothing")
     assert code == 0
     assert called == [
@@ -109,21 +201,60 @@ def test_check_runs_every_gate_then_the_tests(checkout):
         "ruff format --check .",
         "lint-imports",
         "pyright",
-        "python -m pytest -k nothing",
+        f"{TOGETHER} -k nothing",
+        f"{ALONE} -k nothing",
     ]
 
 
 @pytest.mark.parametrize("gate", ["ruff", "lint-imports", "pyright", "python"])
 def test_a_failing_gate_fails_the_check(checkout, gate):
-    stamp(checkout, "dev")
+    stamp(checkout, "dev", "sglang")
     code, _, _ = call(checkout, "tools/check", FAIL=gate)
     assert code != 0
 
 
+def test_the_folders_whose_tests_run_side_by_side_exist():
+    assert [folder for folder in SIDE_BY_SIDE if not (ROOT / folder).is_dir()] == []
+
+
+@pytest.mark.parametrize("failing", [TOGETHER, ALONE])
+def test_both_parts_of_the_tests_run_and_a_failure_of_either_counts(checkout, failing):
+    stamp(checkout, "dev", "sglang")
+    code, called, output = call(checkout, "tools/test", FAIL=failing)
+    assert (code, called) == (1, [TOGETHER, ALONE])
+    names = ["side by side", "alone"]
+    ends = ["failed with code 1" if part == failing else "passed" for part in (TOGETHER, ALONE)]
+    (last,) = output.splitlines()[-1:]
+    for name, end in zip(names, ends, strict=True):
+        assert f" {name} {end} in " in last
+
+
+def test_a_part_without_a_selected_test_is_no_failure_unless_both_are(checkout):
+    stamp(checkout, "dev", "sglang")
+    code, _, output = call(checkout, "tools/test", FAIL=TOGETHER, CODE="5")
+    assert (code, "side by side had nothing to run" in output) == (0, True)
+    code, _, _ = call(checkout, "tools/test", FAIL="python -m pytest", CODE="5")
+    assert code == 5
+
+
+@pytest.mark.parametrize(("option", "failure"), [("-x", "1"), ("--maxfail=2", "1"), ("-v", "2")])
+def test_a_failure_that_ends_the_tests_ends_both_parts(checkout, option, failure):
+    stamp(checkout, "dev", "sglang")
+    code, called, _ = call(checkout, "tools/test", option, FAIL="python -m pytest", CODE=failure)
+    assert (code, called) == (int(failure), [f"{TOGETHER} {option}"])
+
+
+def test_tests_named_by_their_path_run_in_one_go(checkout):
+    stamp(checkout, "dev", "sglang")
+    wanted = ("tools/test::test_one", "-k", "x")
+    code, called, _ = call(checkout, "tools/test", *wanted)
+    assert (code, called) == (0, [f"python -m pytest {' '.join(wanted)}"])
+
+
 def test_ci_runs_the_tests_and_its_last_line_says_how_it_ended(checkout):
-    stamp(checkout, "dev")
+    stamp(checkout, "dev", "sglang")
     code, called, output = call(checkout, ".ci/run")
-    assert (code, called) == (0, ["python -m pytest"])
+    assert (code, called) == (0, [TOGETHER, ALONE])
     assert output.splitlines()[-1].startswith("ci: passed in ")
     code, _, output = call(checkout, ".ci/run", FAIL="python")
     assert code == 1

@@ -1,7 +1,7 @@
 """SGLang's own loaders cut our export as our layout of it says.
 
-Only the linear layers: all they ask is the process group that cuts them, whose answers are given here.
-Embeddings and experts ask SGLang's process-wide state, which needs a running server.
+Only the linear layers: all they ask is the process group that cuts them, whose answers are given
+here. Embeddings and experts ask SGLang's process-wide state, which needs a running server.
 """
 
 from __future__ import annotations
