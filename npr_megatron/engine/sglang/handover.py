@@ -1,0 +1,144 @@
+"""What a client and SGLang's ranks say to each other about weights; the weights go by memory.
+
+SGLang carries tensors to a weight loader, so an order travels as the bytes of a small one. A rank
+answers in memory that the client reads when SGLang says that the order is carried out: SGLang
+itself hands back a flag only, and ends its processes when a loader raises.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.training import ParallelConfig
+from npr_megatron.engine.sglang.shared_bytes import SharedBytes, writable_memory
+from npr_megatron.errors import EnvironmentFault
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.publication import Publication
+from npr_megatron.weights.tiles import Layout
+
+_TENSOR = "npr_order"
+_REPORT_BYTES = 2**16
+
+Means = Literal["shared_memory", "cuda_ipc"]
+"""How a rank reaches what was published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What one rank is to do with its parameters.
+
+    With a ``publication`` it takes them from there. With ``into`` it writes them to the host's
+    memory. With neither it says whether they are laid out as expected.
+    """
+
+    serial: int
+    """Counts the orders of a client: an answer to an earlier one is none to this."""
+    model: ModelConfig
+    rank: int
+    tp_size: int
+    reports: str
+    """Path of the memory for answers."""
+    publication: Publication | None = None
+    source: ParallelConfig | None = None
+    """Of the trainer that published; None: the host's own copy."""
+    means: Means = "shared_memory"
+    shares: tuple[int, ...] | None = None
+    """This rank's part in the digest, known beforehand for the host's copy."""
+    into: str | None = None
+    """Path of the host's memory."""
+    slot: int = 0
+    """Which half of it."""
+    dtype: str = "torch.float32"
+    """Of the host's memory."""
+
+    @property
+    def ranks(self) -> Layout:
+        """How SGLang's ranks hold the model."""
+        return engine_layout(self.model, self.tp_size, engine="sglang")
+
+    @property
+    def host(self) -> Layout:
+        """How the host holds it."""
+        return engine_layout(self.model, engine="sglang")
+
+    @property
+    def published(self) -> Layout:
+        """How the publisher holds it."""
+        return self.host if self.source is None else trainer_layout(self.model, self.source)
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """Return the order as what SGLang carries."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields["model"] = self.model.model_dump(mode="json")
+        if self.source is not None:
+            fields["source"] = self.source.model_dump(mode="json")
+        if self.publication is not None:
+            fields["publication"] = asdict(self.publication)
+        text = bytearray(json.dumps(fields).encode())
+        return [(_TENSOR, torch.frombuffer(text, dtype=torch.uint8))]
+
+    @classmethod
+    def of(cls, tensors: Sequence[tuple[str, Tensor]]) -> Order:
+        """Read an order back."""
+        [(name, tensor)] = tensors
+        assert name == _TENSOR, f"a weight loader was given {name}, expected {_TENSOR}"
+        fields: dict[str, Any] = json.loads(tensor.cpu().numpy().tobytes())
+        fields["model"] = ModelConfig.model_validate(fields["model"])
+        if fields["source"] is not None:
+            fields["source"] = ParallelConfig.model_validate(fields["source"])
+        if (told := fields["publication"]) is not None:
+            fields["publication"] = Publication(
+                **{**told, "arena_paths": tuple(told["arena_paths"])}
+            )
+        if fields["shares"] is not None:
+            fields["shares"] = tuple(fields["shares"])
+        return cls(**fields)
+
+    def report(self, problem: str = "") -> None:
+        """Tell the client that the order is carried out, or why it is not."""
+        said = {"serial": self.serial, "problem": problem[: _REPORT_BYTES // 8]}
+        text = json.dumps(said).encode().ljust(_REPORT_BYTES, b"\0")
+        pages = writable_memory(self.reports).view(-1, _REPORT_BYTES)
+        pages[self.rank].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+
+class Reports:
+    """Where the ranks of an engine answer."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._bytes = SharedBytes("reports", num_ranks * _REPORT_BYTES)
+
+    @property
+    def path(self) -> str:
+        """Where ranks map it."""
+        return self._bytes.path
+
+    def problems(self, serial: int) -> list[str]:
+        """Return what the ranks had to say against order ``serial``, each thing once.
+
+        Raises:
+            EnvironmentFault: a rank never saw the order.
+        """
+        found: dict[str, None] = {}
+        for rank, page in enumerate(self._bytes.memory.view(-1, _REPORT_BYTES)):
+            text = page.numpy().tobytes().rstrip(b"\0")
+            said = json.loads(text) if text else {"serial": None, "problem": ""}
+            if said["serial"] != serial:
+                raise EnvironmentFault(
+                    f"order {serial} about weights was given to SGLang, its rank {rank} did not "
+                    "carry it out; this version of SGLang does not call custom weight loaders"
+                )
+            if said["problem"]:
+                found[said["problem"]] = None
+        return list(found)
+
+    def close(self) -> None:
+        """Let go of the memory; safe to call twice."""
+        self._bytes.close()
