@@ -12,14 +12,16 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
+from npr_megatron.config.base import Section
 from npr_megatron.config.explain import explain
 from npr_megatron.config.run import RunConfig
 from npr_megatron.errors import ConfigError
 
+File = TypeVar("File", bound=Section)
 Table = dict[str, Any]
 DottedPath = tuple[str, ...]
 
@@ -38,12 +40,17 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Example:
         ``load_run("run.toml", ["zero.num_steps=3", "seed_stage.phases.0.num_steps=50"])``
     """
+    return load_as(RunConfig, path, overrides)
+
+
+def load_as(section: type[File], path: str | Path, overrides: Sequence[str] = ()) -> File:
+    """Return what :func:`load_run` does, of a file that is a ``section``."""
     table = read_toml(path)
     raw_values, problems = _apply(table, overrides)
     try:
-        config = _validate(table, raw_values)
+        config = _validate(section, table, raw_values)
     except ValidationError as error:
-        problems.extend(explain(error))
+        problems.extend(explain(error, section))
         config = None
     if problems or config is None:
         raise ConfigError(problems)
@@ -129,11 +136,11 @@ def _entry(node: Any, path: DottedPath, depth: int) -> tuple[Any, str | int, str
     return node, key, f"{parent} is {node!r} and has no keys; set {parent} itself"
 
 
-def _validate(table: Table, raw_values: dict[DottedPath, str]) -> RunConfig:
+def _validate(section: type[File], table: Table, raw_values: dict[DottedPath, str]) -> File:
     """Validate strictly, so that ``true`` is no number; retry overrides whose text was meant as a
     string."""
     try:
-        return _validate_once(table)
+        return _validate_once(section, table)
     except ValidationError as error:
         retry = [
             path
@@ -145,9 +152,9 @@ def _validate(table: Table, raw_values: dict[DottedPath, str]) -> RunConfig:
             raise
     for path in retry:
         _put(table, path, raw_values[path])
-    return _validate_once(table)
+    return _validate_once(section, table)
 
 
-def _validate_once(table: Table) -> RunConfig:
+def _validate_once(section: type[File], table: Table) -> File:
     # JSON mode is the strict mode that still turns arrays into tuples. TOML dates become strings.
-    return RunConfig.model_validate_json(json.dumps(table, default=str), strict=True)
+    return section.model_validate_json(json.dumps(table, default=str), strict=True)

@@ -8,6 +8,7 @@ saved datasets need ``pyarrow``.
 from __future__ import annotations
 
 import glob
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -166,12 +167,11 @@ def _rows_of(path: Path, batches: Any, first: int = 0) -> Iterator[Row]:
 
 def _pyarrow(path: Path) -> Any:
     try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
+        for name in ("pyarrow.ipc", "pyarrow.parquet"):
+            importlib.import_module(name)
+        return importlib.import_module("pyarrow")
     except ImportError as error:
         raise EnvironmentFault(
             f"{path} is read with pyarrow, which cannot be imported ({error}); install it "
             '(pip install "npr-megatron[data]"), or give a .jsonl file'
         ) from error
-    return pyarrow
