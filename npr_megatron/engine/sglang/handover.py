@@ -8,7 +8,7 @@ itself hands back a flag only, and ends its processes when a loader raises.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -127,9 +127,7 @@ class Reports:
             EnvironmentFault: a rank never saw the order.
         """
         found: dict[str, None] = {}
-        for rank, page in enumerate(self._bytes.memory.view(-1, _REPORT_BYTES)):
-            text = page.numpy().tobytes().rstrip(b"\0")
-            said = json.loads(text) if text else {"serial": None, "problem": ""}
+        for rank, said in enumerate(self._said()):
             if said["serial"] != serial:
                 raise EnvironmentFault(
                     f"order {serial} about weights was given to SGLang, its rank {rank} did not "
@@ -138,6 +136,16 @@ class Reports:
             if said["problem"]:
                 found[said["problem"]] = None
         return list(found)
+
+    def last_words(self, serial: int) -> str:
+        """Return what ranks said about order ``serial`` before their processes ended."""
+        words = {said["problem"]: None for said in self._said() if said["serial"] == serial}
+        return "\n".join(word for word in words if word)
+
+    def _said(self) -> Iterator[dict[str, Any]]:
+        for page in self._bytes.memory.view(-1, _REPORT_BYTES):
+            text = page.numpy().tobytes().rstrip(b"\0")
+            yield json.loads(text) if text else {"serial": None, "problem": ""}
 
     def close(self) -> None:
         """Let go of the memory; safe to call twice."""

@@ -113,8 +113,8 @@ class HostWeights:
         tiles = census_of(self.layout).tile_digests(0, storages)
         self._digests = tiles, self._shares(tiles, storages)
 
-    def offer(self, version: int) -> Offer:
-        """Declare the shadow to be ``version``, for the ranks to take.
+    def require_sealed(self, version: int) -> tuple[tuple[int, ...], Shares]:
+        """Return the digests of the shadow's tiles and of the parts of the ranks.
 
         Raises:
             StaleWeightsError: nothing was staged.
@@ -127,7 +127,16 @@ class HostWeights:
         if self._digests is None:
             self.seal()
         assert self._digests is not None
-        tiles, shares = self._digests
+        return self._digests
+
+    def offer(self, version: int) -> Offer:
+        """Declare the shadow to be ``version``, for the ranks to take.
+
+        Raises:
+            StaleWeightsError: nothing was staged.
+            DivergenceError: a storage holds NaN or infinity.
+        """
+        tiles, shares = self.require_sealed(version)
         [digest] = digests(shares)
         header = SlotHeader(version, self.layout.layout_id, str(self.dtype), digest)
         self._slots.begin(self._served)  # one version at a time is offered

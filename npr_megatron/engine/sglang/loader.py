@@ -5,8 +5,9 @@ cuts its part out of what was published by the same proven plan as any other rec
 (``weights.executors``); before it writes anything, the parameters of SGLang's model must be exactly
 those that our layout declares, and behind the copies their digest must be the expected one.
 
-What is refused before anything was written is reported to the client. What goes wrong later raises,
-and SGLang ends its processes then: half of one version and half of another is never served.
+What is refused before anything was written is reported, and nothing has changed. What goes wrong
+later is reported and raised, and SGLang ends its processes then: half of one version and half of
+another is never served.
 """
 
 from __future__ import annotations
@@ -45,10 +46,14 @@ def load(model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> None:
     except LayoutError as error:
         order.report(f"SGLang holds the model otherwise than our layout of it says:\n{error}")
         return
-    if order.publication is not None:
-        _take(order, live)
-    elif order.into is not None:
-        _give(order, order.into, live)
+    try:
+        if order.publication is not None:
+            _take(order, live)
+        elif order.into is not None:
+            _give(order, order.into, live)
+    except Exception as error:
+        order.report(f"{type(error).__name__}: {error}")  # the last words of this process
+        raise
     order.report()
 
 
