@@ -104,5 +104,5 @@ def chunks(scores_MV: Tensor) -> list[slice]:
 
 
 def column(values: FloatRows, like: Tensor) -> Tensor:
-    """Return [M, 1] with the dtype and device of ``like``."""
-    return torch.from_numpy(values).to(like)[:, None]
+    """Return [M, 1] with the dtype and device of ``like``; waits for nothing that runs there."""
+    return torch.from_numpy(values).to(like, non_blocking=True)[:, None]

@@ -21,10 +21,13 @@ from torch import Tensor
 
 from npr_megatron.engine.compute.cdf import FloatRows, chunks, inverse_cdf, log_total, log_totals
 from npr_megatron.engine.compute.filters import shaped_weights
-from npr_megatron.engine.compute.host_draw import draw_next
+from npr_megatron.engine.compute.host_draw import draw_and_total, draw_next
 from npr_megatron.engine.compute.penalties import penalised
 from npr_megatron.engine.flow.flow import Stream
 from npr_megatron.records.randomness import UInt64Array, uniforms
+
+_PLAIN = (1.0, 0.0, 1.0, 0.0)
+"""temperature, top-k, top-p and min-p that shape nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +45,11 @@ class SamplingRows:
         requests = [stream.flow.request for stream in streams]
         shape = [(r.temperature, r.top_k, r.top_p, r.min_p) for r in requests]
         return cls(np.array(shape, dtype=np.float64), uniforms(*_keys_and_counters(streams)))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row is drawn from its full distribution at temperature 1."""
+        return bool((self.shape == _PLAIN).all())
 
     @property
     def temperature(self) -> FloatRows:
@@ -125,6 +133,20 @@ def draw_plain(logits_MV: Tensor, uniforms_M: FloatRows) -> tuple[Tensor, Tensor
         drawn.append(tokens)
         totals.append(log_total(logits_MV[chunk], top, total))
     return (drawn[0], totals[0]) if len(drawn) == 1 else (torch.cat(drawn), torch.cat(totals))
+
+
+def draw_with_totals(logits_MV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+    """Return [M] int64 tokens and [M] float64 log-sum-exp, on the device of the logits.
+
+    Args:
+        logits_MV: [M, V] fp32; not modified. A row of NaN gives some token, and NaN.
+    """
+    if not rows.is_plain:
+        return draw(logits_MV, rows), log_totals(logits_MV)
+    if logits_MV.device.type != "cpu":
+        return draw_plain(logits_MV, rows.uniforms)
+    tokens, totals = draw_and_total(logits_MV.numpy(), rows.uniforms)
+    return torch.from_numpy(tokens), torch.from_numpy(totals)
 
 
 def draw(scores_MV: Tensor, rows: SamplingRows) -> Tensor:

@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
+from npr_megatron.engine.sglang.stage import CACHE_BACKEND
 from npr_megatron.weights.checkpoints.hf_config import hf_config
 
 DeviceType = Literal["cpu", "cuda"]
 
-PLUGIN = "npr"
-"""Name under which the plugin registers its radix cache and its sampler."""
 WEIGHT_LOADER = "npr_megatron.engine.sglang.loader.load"
 """Dotted path of what writes pushed weights into a rank's parameters."""
 NO_VERSION = -1
@@ -94,8 +93,7 @@ def server_options(
         "max_prefill_tokens": config.max_step_tokens,
         "page_size": 1,
         "attention_backend": _attention(config, device),
-        "sampling_backend": PLUGIN,
-        "radix_cache_backend": PLUGIN,
+        "radix_cache_backend": CACHE_BACKEND,
         "disable_overlap_schedule": not config.sglang.overlap,
         "disable_cuda_graph": not has_graphs,
         "disable_prefill_cuda_graph": True,  # decoding is what graphs pay for

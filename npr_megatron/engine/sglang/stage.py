@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+CACHE_BACKEND = "npr"
+"""Name of the plugin's radix cache: a server that chooses it can run stages."""
 _PREFIX = "npr_"
 UNTAUGHT = -1
 """In ``Draw.taught``: the sample stays."""
@@ -190,6 +192,8 @@ class StageResult:
     scored: list[float]
     """Log-probs of the known tokens behind ``score_from``, in order; empty but in the first
     piece."""
+    scored_version: int
+    """Of ``scored``: the weights that were live when SGLang answered."""
     num_cached: int
     """Known tokens whose keys and values were found in the cache."""
     is_last: bool
