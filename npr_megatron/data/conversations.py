@@ -8,11 +8,13 @@ fields of a row are left alone. Texts only: no tokenizer is needed to find a bad
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from npr_megatron.data.rows import Fault, Row
+from npr_megatron.data.rows import Fault, Row, files_of, list_faults, read_rows
+from npr_megatron.errors import NprError
 
 _FORMS = 'give "prompt" and "response", or "messages"'
 _MAX_SHOWN = 60
@@ -37,6 +39,28 @@ class Exchange:
     """The question, to be asked in the words every engine is asked in; None in a conversation."""
     context: tuple[Message, ...] = ()
     """The messages before the response, word for word; empty where there is a prompt."""
+
+
+def read_exchanges(path: Path) -> Iterator[Exchange | Fault]:
+    """Yield what the rows of a file or saved dataset hold, see ``data.rows.read_rows``."""
+    for row in read_rows(path):
+        if isinstance(row, Fault):
+            yield row
+        else:
+            yield from exchanges_of(row)
+
+
+def check_rows(patterns: Iterable[str]) -> list[str]:
+    """Return what is wrong with files and rows, as far as it can be told without a tokenizer."""
+    problems: list[str] = []
+    faults: list[Fault] = []
+    for pattern in patterns:
+        try:
+            for path in files_of(pattern):
+                faults += [found for found in read_exchanges(path) if isinstance(found, Fault)]
+        except NprError as error:
+            problems.append(str(error))
+    return problems + list_faults(faults)
 
 
 def exchanges_of(row: Row) -> list[Exchange | Fault]:

@@ -71,7 +71,7 @@ def shown_row(
     """
     samples = []
     for number, place in enumerate(places):
-        cells = np.flatnonzero(batch.segment[row] == number)
+        cells = np.flatnonzero(batch.segment[row] == number).tolist()
         block, branch = batch.block[row, cells], batch.branch[row, cells]
         predecessor = predecessors(block, branch)
         ids, labels = batch.token_ids[row, cells], batch.labels[row, cells]
