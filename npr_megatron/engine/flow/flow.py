@@ -198,7 +198,8 @@ class Flow:
         if not self._due:
             return _NOTHING
         move = self._seal(self._due, version) if self.branches else self._fork(version)
-        self._due = []
+        if self.finish is None:  # otherwise the last token of each is never fed
+            self._due = []
         return move
 
     def accept(self, stream: Stream, token_id: int, logprob: float, version: int) -> bool:

@@ -137,6 +137,7 @@ def test_random_streams_end_with_a_reason_as_trees_within_their_budgets() -> Non
             trajectory = flow.trajectory()
             assert_is_a_tree(trajectory, flow.grammar.vocabulary)
             assert_budgets_hold(trajectory, flow.request)
+            assert flow.usage.resident_kv < len(trajectory.token_ids)
             assert_end_is_explained(flow, trajectory, refused)
         except AssertionError as error:
             error.add_note(f"seed {seed}")
