@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
+from npr_megatron.config.engine_check import device_of, engine_problems, seat_problems
 from npr_megatron.config.hf_architecture import read_trainable_architecture
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.parallel_check import parallel_problems
@@ -38,6 +39,8 @@ def check_run(config: RunConfig, architecture: ModelConfig | None = None) -> lis
     if model is not None:
         problems += [*model_problems(model), *_positions(config, model)]
     problems += parallel_problems(config.parallel, config.trainer, model)
+    problems += engine_problems(config.engine, model, device_of(config.cluster))
+    problems += seat_problems(config.engine, config.cluster)
     return [*problems, *_stages(config), *_cluster(config)]
 
 

@@ -1,6 +1,6 @@
 """An engine's configuration in SGLang's words: its options, its environment, its model folder.
 
-What this backend cannot do is refused here by name, before any process is started. Pure but for
+What SGLang cannot do for us is refused before (``config.engine_check``). Pure but for
 :func:`write_model_folder`; imports neither torch nor SGLang.
 """
 
@@ -10,14 +10,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.engine_check import DeviceType
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.sglang.stage import CACHE_BACKEND
 from npr_megatron.weights.checkpoints.hf_config import hf_config
-
-DeviceType = Literal["cpu", "cuda"]
 
 WEIGHT_LOADER = "npr_megatron.engine.sglang.loader.load"
 """Dotted path of what writes pushed weights into a rank's parameters."""
@@ -25,48 +24,8 @@ NO_VERSION = -1
 """Weight version of an engine that nothing was pushed to."""
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-_HALF_ONLY = ("fa3", "flashinfer")
-_ATTENTION: dict[DeviceType, tuple[str, ...]] = {
-    "cpu": ("torch_native",),
-    "cuda": (*_HALF_ONLY, "triton", "torch_native"),
-}
-"""Kernels that read keys and values row by row: joined rows lie anywhere in the pool."""
 _ROW_SLACK = 16
 """SGLang keeps a few tokens at the end of the longest row to itself."""
-
-
-def refused_options(model: ModelConfig, config: EngineConfig, device: DeviceType) -> list[str]:
-    """Return one sentence for each option that SGLang cannot carry out here."""
-    attention, allowed = config.sglang.attention_backend, _ATTENTION[device]
-    rules = [
-        (
-            config.weights != "as_trained",
-            f'weights is "{config.weights}" and the SGLang backend computes with weights as they '
-            'are trained; set weights = "as_trained" or backend = "embedded"',
-        ),
-        (
-            model.family != "qwen3" or model.moe is not None or not model.has_qk_norm,
-            f"the model is of family {model.family} and the SGLang backend is proven for dense "
-            "Qwen3 only; use such a model",
-        ),
-        (
-            attention is not None and attention not in allowed,
-            f'sglang.attention_backend is "{attention}" and joined branches need kernels that take '
-            f"keys and values row by row, on {device} one of {', '.join(allowed)}; choose one or "
-            "leave it out",
-        ),
-        (
-            device == "cuda" and config.dtype == "fp32" and attention in _HALF_ONLY,
-            f'sglang.attention_backend is "{attention}" and computes in 16 bits, dtype is fp32; '
-            'use "triton" or dtype = "bf16"',
-        ),
-        (
-            model.num_attention_heads % config.tp_size > 0,
-            f"tp_size {config.tp_size} does not divide num_attention_heads "
-            f"{model.num_attention_heads}; change tp_size",
-        ),
-    ]
-    return [sentence for is_broken, sentence in rules if is_broken]
 
 
 def server_options(
@@ -82,6 +41,7 @@ def server_options(
     return {
         "model_path": str(folder),
         "skip_tokenizer_init": True,
+        "incremental_streaming_output": True,
         "skip_server_warmup": True,
         "device": device,
         "dtype": _DTYPES[config.dtype],
@@ -116,7 +76,7 @@ def server_environment(
 
     Args:
         cores: CPU cores that this process may use (``os.sched_getaffinity``).
-        environment: that of this process; threads that it sets are kept.
+        environment: that of this process; ranks share the threads that it sets.
     """
     variables = {
         # rows are copied by torch: SGLang's own kernel for it comes with speculative decoding only
@@ -126,9 +86,9 @@ def server_environment(
         variables["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "2"
     if device == "cpu":
         # Threads that spin against other processes make a request ten times slower.
-        threads = environment.get("OMP_NUM_THREADS", "1")
+        threads = int(environment.get("OMP_NUM_THREADS", "1").split(",")[0])
         variables |= {
-            "OMP_NUM_THREADS": threads,
+            "OMP_NUM_THREADS": str(max(1, threads // config.tp_size)),
             "SGLANG_CPU_OMP_THREADS_BIND": _cores_of_ranks(cores, config.tp_size),
             "SGLANG_USE_CPU_ENGINE": "0",  # SGLang's own CPU platform needs compiled operators
         }

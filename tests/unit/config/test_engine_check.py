@@ -1,0 +1,74 @@
+"""What an engine's backend cannot do is found before anything starts, all of it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from npr_megatron.config.check import check_run
+from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.engine_check import engine_problems
+from npr_megatron.config.loader import load_run
+from npr_megatron.config.model import ModelConfig
+
+QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart" / "run.toml"
+MODEL = ModelConfig(
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    vocab_size=90,
+)
+
+
+def sglang(**fields) -> EngineConfig:
+    return EngineConfig.model_validate({"backend": "sglang", **fields})
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_a_model_that_can_be_cut_has_no_problem(tp_size):
+    assert engine_problems(sglang(tp_size=tp_size), MODEL, "cpu") == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "said"),
+    [
+        (EngineConfig(tp_size=2), "cpu", "the embedded backend is cut by torchrun"),
+        (sglang(weights="fp8"), "cpu", 'engine.weights is "fp8"'),
+        (sglang(sglang={"attention_backend": "fa3"}), "cpu", "on cpu one of torch_native"),
+        (sglang(sglang={"attention_backend": "trtllm_mha"}), "cuda", "row by row, on cuda one of"),
+        (sglang(sglang={"attention_backend": "fa3"}), "cuda", "computes in 16 bits"),
+        (sglang(tp_size=3), "cpu", "num_attention_heads 4 is not a multiple of engine.tp_size 3"),
+        (sglang(tp_size=5), "cpu", "intermediate_size 48 is not a multiple of engine.tp_size 5"),
+        (sglang(tp_size=3), "cpu", "padded vocab_size 128 is not a multiple of engine.tp_size 3"),
+        (sglang(tp_size=3), "cpu", "num_key_value_heads 2 and engine.tp_size 3 do not divide"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_named(engine, device, said):
+    assert any(said in problem for problem in engine_problems(engine, MODEL, device))
+
+
+@pytest.mark.parametrize("changed", [{"family": "llama"}, {"has_qk_norm": False}])
+def test_models_that_sglang_was_not_proven_for_are_named(changed):
+    (problem,) = engine_problems(sglang(), MODEL.model_copy(update=changed), "cpu")
+    assert "proven for dense Qwen3 only" in problem
+
+
+def test_all_problems_are_told_together():
+    bad = sglang(weights="fp8", tp_size=3, sglang={"attention_backend": "fa4"})
+    assert len(engine_problems(bad, MODEL, "cuda")) >= 4
+
+
+def test_a_replica_is_given_a_gpu_for_each_of_its_ranks():
+    gpus = ["cluster.gpus_per_replica=1", "engine.backend=sglang", "engine.tp_size=2"]
+    (problem,) = check_run(load_run(QUICKSTART, gpus))
+    assert "set gpus_per_replica = 2" in problem
+    assert check_run(load_run(QUICKSTART, ["cluster.gpus_per_replica=2", *gpus[1:]])) == []
+
+
+def test_a_run_says_what_its_backend_cannot_do():
+    (problem,) = check_run(load_run(QUICKSTART, ["engine.tp_size=2"]))
+    assert "cut by torchrun" in problem
