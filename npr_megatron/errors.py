@@ -4,6 +4,7 @@
     ├── ConfigError (ValueError)         the description of a run is wrong; lists every problem
     ├── InputError (ValueError)          a file, tokenizer or token stream is not what was asked for
     ├── EnvironmentFault (RuntimeError)  the machine cannot do it: port taken, shared memory full
+    │   └── EngineLost                   processes that computed for an engine are gone
     ├── LayoutError (ValueError)         weights or branches cannot be laid out as asked
     ├── StaleWeightsError (RuntimeError) a version, digest or plan differs; nothing was served
     └── DivergenceError (RuntimeError)   numbers went wrong: NaN, log-prob gap above its limit
@@ -41,6 +42,10 @@ class InputError(NprError, ValueError):
 
 class EnvironmentFault(NprError, RuntimeError):
     """The machine cannot do it: a port is taken, shared memory is full, no worker is left."""
+
+
+class EngineLost(EnvironmentFault):
+    """The processes that computed for an engine have ended; another engine may do."""
 
 
 class LayoutError(NprError, ValueError):

@@ -53,6 +53,13 @@ class EngineConfig(Section):
     debug_checks: bool = False
     """Verify the slot partition after every step."""
 
+    @property
+    def start_timeout_s(self) -> float:
+        """Time for an engine process to come up: to import torch and build the engine, which on a
+        busy machine takes long, whatever a request may take."""
+        own_s = 300.0
+        return own_s + self.sglang.start_timeout_s if self.backend == "sglang" else own_s
+
     @model_validator(mode="after")
     def _branches_fit_a_step(self) -> EngineConfig:
         if self.max_streams < self.max_plans:

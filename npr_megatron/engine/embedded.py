@@ -69,6 +69,7 @@ class EmbeddedEngine(Engine):
         self._scheduler = Scheduler(self._pool, config)
         self._trees: dict[str, Tree] = {}
         """Every unfinished request."""
+        self._num_steps = 0
         self._ended: list[Tree] = []
         """Ended between two steps; the next one returns them."""
         self._deadlines: dict[str, float] = {}
@@ -81,6 +82,11 @@ class EmbeddedEngine(Engine):
     def unfinished(self) -> Collection[str]:
         """Ids of the requests that a later ``step`` will return."""
         return self._trees.keys()
+
+    @property
+    def progress(self) -> int:
+        """Steps so far: each advances every running request."""
+        return self._num_steps
 
     def stats(self) -> EngineStats:
         """Return what the engine holds and has done."""
@@ -164,6 +170,7 @@ class EmbeddedEngine(Engine):
         self._end_overdue()
         plan = self._scheduler.plan()
         lost = decode(plan, self._pool, self._runner, self.weight_version)
+        self._num_steps += 1
         if lost:
             self._fail(lost)
         ended, self._ended = self._ended + self._scheduler.drop_finished(), []

@@ -41,6 +41,11 @@ class Engine(ABC):
         """Trajectories that a later ``step`` will return."""
         return len(self.unfinished)
 
+    @property
+    @abstractmethod
+    def progress(self) -> int:
+        """Grows whenever unfinished requests advance; who sees it stand still may give up."""
+
     @abstractmethod
     def problems(self, request: GenerationRequest) -> list[str]:
         """Return one sentence for each reason why ``add`` would refuse ``request``."""

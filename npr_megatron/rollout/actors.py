@@ -2,8 +2,8 @@
 
 Two kinds of failure are kept apart everywhere. An *error* was raised by our code in the actor: it
 would be raised again by a replacement, so it goes to the caller in its own type. A *death* took the
-process (killed, out of memory, lost node, or silent beyond its deadline): the caller decides
-whether somebody replaces it.
+process (killed, out of memory, lost node, or silent beyond its deadline), or those that compute for
+it: the caller decides whether somebody replaces it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from npr_megatron.errors import EnvironmentFault, NprError
+from npr_megatron.errors import EngineLost, EnvironmentFault, NprError
 
 _LAST_WORDS_S = 5.0
 
@@ -79,6 +79,8 @@ def outcome(call: ray.ObjectRef, what: str) -> Any:
     try:
         return ray.get(call)
     except RayTaskError as error:
+        if isinstance(error.cause, EngineLost):
+            return Death(str(error.cause).splitlines()[0])
         if isinstance(error.cause, NprError):
             return Failure(error.cause, is_ours=True)
         return Failure(_unexpected(error, what), is_ours=False)

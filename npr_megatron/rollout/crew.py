@@ -27,8 +27,6 @@ from npr_megatron.weights.publication import Publication
 
 logger = logging.getLogger(__name__)
 
-_START_TIMEOUT_S = 300.0
-"""To import torch and build an engine: long on a busy machine, whatever a request may take."""
 _POLL_S = 0.5
 
 
@@ -201,7 +199,10 @@ class Crew:
     def _come_up(self, members: Sequence[Member]) -> Deaths:
         """Start engines, each of which then catches up with the fleet; return the deaths."""
         pids, dead = self.ask(
-            members, lambda m: m.actor.start.remote(), "starting an engine", _START_TIMEOUT_S
+            members,
+            lambda m: m.actor.start.remote(),
+            "starting an engine",
+            self._spec.engine.start_timeout_s,
         )
         for member, pid in pids.items():
             member.pid = pid

@@ -231,8 +231,8 @@ class Fleet:
         return finished
 
     def _take(self, member: Member, report: Report) -> list[Trajectory]:
-        if report.num_steps > member.num_steps:
-            member.num_steps = report.num_steps
+        if report.progress > member.progress:
+            member.progress = report.progress
             member.progress_s = time.monotonic()
             self._crew.notice(member, Event.PROGRESSED)
         finished = report.trajectories()

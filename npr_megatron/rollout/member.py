@@ -34,7 +34,8 @@ class Member:
         """Requests it owes, by id."""
         self.report: ray.ObjectRef | None = None
         """The report that is on its way."""
-        self.num_steps = 0
+        self.progress = 0
+        """What its last report said of it."""
         self.progress_s = time.monotonic()
         """When it last made progress, or was given work."""
         options = seat.options(max_concurrency=CALL_THREADS)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.engine.embedded import EmbeddedEngine
+from npr_megatron.engine.backends import create_engine, storages_of
 from npr_megatron.engine.loop import EngineLoop
 from npr_megatron.errors import NprError, StaleWeightsError
 from npr_megatron.records.request import GenerationRequest
@@ -26,7 +26,6 @@ from npr_megatron.records.trajectory import Trajectory
 from npr_megatron.rollout.health import Stamp
 from npr_megatron.rollout.holding import Holding
 from npr_megatron.schema.tags import Vocabulary
-from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.tiles import Layout
 
@@ -64,8 +63,8 @@ class Report:
     finished: bytes
     """Pickled ``list[Trajectory]``. Bytes, because arrays handed out by Ray would pin its small
     object store."""
-    num_steps: int
-    """Engine steps so far: grows while the engine makes progress."""
+    progress: int
+    """Grows while the engine advances (``Engine.progress``)."""
 
     def trajectories(self) -> list[Trajectory]:
         """Return the finished trajectories, in the order in which they finished."""
@@ -88,8 +87,9 @@ class Replica:
         Not done by ``__init__``: Ray would hide the type of an error raised there.
         """
         spec = self._spec
-        self._engine = EmbeddedEngine(spec.model, spec.engine, spec.vocabulary, device=spec.device)
-        self._holding = Holding(self._engine, spec.source, engine_layout(spec.model))
+        self._engine = create_engine(spec.model, spec.engine, spec.vocabulary, spec.device)
+        layout = storages_of(spec.model, spec.engine)
+        self._holding = Holding(self._engine, spec.source, layout)
         self._loop = EngineLoop(self._engine, on_step=self._take, on_failure=self._end)
         self._loop.start()
         return os.getpid()
@@ -126,8 +126,8 @@ class Replica:
             if self._failure is not None:
                 raise self._failure
             finished, self._finished = self._finished, []
-            num_steps = self._loop.num_steps
-        return Report(finished=pickle.dumps(finished, protocol=5), num_steps=num_steps)
+            progress = self._engine.progress
+        return Report(finished=pickle.dumps(finished, protocol=5), progress=progress)
 
     def stage(self, publication: Publication, term: int) -> Stamp:
         """Copy published weights into the shadow storages and verify them; decoding goes on.

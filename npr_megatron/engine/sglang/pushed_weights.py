@@ -32,7 +32,7 @@ from npr_megatron.engine.sglang.broadcast import Meeting, buckets_of
 from npr_megatron.engine.sglang.handover import Means, Order, Reports
 from npr_megatron.engine.sglang.host_weights import HostWeights
 from npr_megatron.engine.sglang.weight_sync import Bucket, Stamping
-from npr_megatron.errors import EnvironmentFault, LayoutError, NprError, StaleWeightsError
+from npr_megatron.errors import EngineLost, LayoutError, StaleWeightsError
 from npr_megatron.weights.checkpoints.hf import read_hf
 from npr_megatron.weights.digest import digest_box
 from npr_megatron.weights.layouts import canonical_layout
@@ -122,8 +122,8 @@ class PushedWeights:
         Raises:
             StaleWeightsError: nothing was staged. Nothing has changed then.
             DivergenceError: what was staged holds NaN or infinity. Nothing has changed then.
-            EnvironmentFault: SGLang refused, or its process ended: a rank that does not hold what
-                it was given ends it.
+            EnvironmentFault: SGLang refused.
+            EngineLost: its process ended: a rank that does not hold what it was given ends it.
         """
         offer = self._host.offer(version)
         orders = [
@@ -148,7 +148,8 @@ class PushedWeights:
 
         Raises:
             StaleWeightsError: the ranks do not hold what was published.
-            EnvironmentFault: SGLang refused, or its process ended.
+            EnvironmentFault: SGLang refused.
+            EngineLost: its process ended.
         """
         orders = [
             replace(order, publication=publication, source=source, means=means)
@@ -175,7 +176,8 @@ class PushedWeights:
 
         Raises:
             StaleWeightsError: what arrived is not what was sent.
-            EnvironmentFault: SGLang refused, or its process ended.
+            EnvironmentFault: SGLang refused.
+            EngineLost: its process ended.
         """
         buckets = [
             Bucket(
@@ -203,7 +205,8 @@ class PushedWeights:
         Raises:
             InputError: the folder does not hold this model. Nothing has changed then.
             StaleWeightsError: the ranks do not hold what is in the folder.
-            EnvironmentFault: SGLang refused, or its process ended.
+            EnvironmentFault: SGLang refused.
+            EngineLost: its process ended.
         """
         digest = folder_digest(self._model, folder, self._dtype)
         orders, stamping = self._bringing(), Stamping(version=version, keeps_cache=keeps_cache)
@@ -242,9 +245,9 @@ class PushedWeights:
         """Run ``function`` with orders among its arguments; raise what ranks have against them."""
         try:
             self._run(function, *arguments)
-        except NprError as error:
+        except EngineLost as error:
             if said := self._reports.last_words(self._serial):
-                raise EnvironmentFault(f"{error}; SGLang's ranks say:\n{said}") from error
+                raise EngineLost(f"{error}; SGLang's ranks say:\n{said}") from error
             raise
         if problems := self._reports.problems(self._serial):
             raise LayoutError("\n".join(problems))

@@ -104,9 +104,9 @@ def decode_while_pushing(
         while True:  # until decoding has gone on since the last push
             report = replica.report(0.001)
             finished += report.trajectories()
-            if report.num_steps > steps >= 0:
+            if report.progress > steps >= 0:
                 break
-            steps = report.num_steps if steps < 0 else steps
+            steps = report.progress if steps < 0 else steps
             if submitted - len(finished) < 8:
                 fed(replica, 8, submitted, max_new_tokens)
                 submitted += 8
