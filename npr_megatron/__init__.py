@@ -3,6 +3,7 @@
 Layers, each importing only what stands below it (enforced by import-linter)::
 
     cli                                   what a user types
+    serving                               a model behind HTTP
     pipeline                              the three stages, resumable
     evaluation | launch | planning | report   measure, place on machines, foresee, show
     train      | rollout                  optimizer steps; the fleet of engines

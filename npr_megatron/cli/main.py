@@ -13,6 +13,8 @@ from npr_megatron.cli.check import check, schema
 from npr_megatron.cli.generate import generate
 from npr_megatron.cli.pipeline import pipeline
 from npr_megatron.cli.report import report
+from npr_megatron.cli.serve import serve
+from npr_megatron.cli.sft import sft
 from npr_megatron.cli.weights import weights
 from npr_megatron.errors import ConfigError, NprError
 
@@ -25,7 +27,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(pipeline)
+app.command()(sft)
 app.command()(generate)
+app.command()(serve)
 app.command()(report)
 app.command()(add_tags)
 app.command()(check)

@@ -16,6 +16,7 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.data.problems import Problem
 from npr_megatron.data.prompts import PromptBuilder
 from npr_megatron.data.tokenizer import TextStream, Tokenizer, load_tokenizer
+from npr_megatron.engine.backends import slots_needed
 from npr_megatron.engine.events import Event, FinishEvent, RestartEvent, TokenEvent
 from npr_megatron.engine.intake import request_problems
 from npr_megatron.errors import EnvironmentFault, InputError
@@ -52,9 +53,11 @@ def prepare(order: AnswerOrder) -> Task:
         EnvironmentFault: this machine does not have the device.
     """
     model = read_trainable_architecture(order.model_folder)
-    device = _find_device(order.device)
+    device = find_device(order.device)
     engine = EngineConfig(
-        dtype=order.dtype or ("bf16" if _is_cuda(device) else "fp32"),
+        dtype=order.dtype or ("bf16" if is_cuda(device) else "fp32"),
+        backend=order.backend,
+        tp_size=order.tp_size,
         weights=order.weights,
         max_running=order.max_running,
     )
@@ -154,17 +157,17 @@ def _samples(
 
 def _with_room(engine: EngineConfig, requests: Sequence[GenerationRequest]) -> EngineConfig:
     """Return ``engine`` with a pool for the largest requests that run at once, within reason."""
-    needs = [len(request.prompt_ids) + request.max_new_tokens + 1 for request in requests]
+    needs = [slots_needed(request, engine) for request in requests]
     largest = heapq.nlargest(engine.max_running, needs)
     num_slots = max(min(sum(largest), _MAX_POOL_TOKENS), *largest[:1], 1)
     return engine.model_copy(update={"num_kv_slots": num_slots})
 
 
-def _is_cuda(device: torch.device | None) -> bool:
+def is_cuda(device: torch.device | None) -> bool:
     return (device_type() if device is None else device.type) == "cuda"
 
 
-def _find_device(name: str | None) -> torch.device | None:
+def find_device(name: str | None) -> torch.device | None:
     if name is None:
         return None
     try:

@@ -35,6 +35,13 @@ RUN_ELSEWHERE = {
     "--output answers.jsonl": "tests/end_to_end/test_generate.py",
     'echo "a:1+2;b:3+4?" | .venv/bin/npr generate runs/quickstart-seed0/stages/npr/hf - '
     "--samples 4 --temperature 1 --json": "tests/unit/cli/test_generate.py",
+    ".venv/bin/npr serve --model runs/quickstart-seed0/stages/npr/hf": (
+        "tests/serving/test_command.py"
+    ),
+    "curl localhost:8000/v1/completions -d "
+    """'{"prompt": "a:1+2+9;b:3+5+4;c:7+7+2?\\n", "stream": true}'""": (
+        "tests/serving/test_command.py"
+    ),
     ".venv/bin/npr weights convert runs/quickstart-seed0/stages/npr/hf megatron-npr "
     "--tp 2 --pp 2": "tests/end_to_end/test_runs.py",
     ".venv/bin/npr weights verify megatron-npr": "tests/end_to_end/test_runs.py",
