@@ -6,6 +6,7 @@ from pathlib import Path
 
 from npr_megatron.cli import generate_options as option
 from npr_megatron.cli.answering import carry_out
+from npr_megatron.cli.engine_options import Backend, BackendOption, TpSize
 from npr_megatron.cli.options import Json
 from npr_megatron.cli.prompt_files import read_prompts
 from npr_megatron.config.hf_architecture import read_trainable_architecture
@@ -34,6 +35,8 @@ def generate(
     max_new_tokens: option.MaxNewTokens = None,
     timeout: option.Timeout = None,
     max_running: option.MaxRunning = 128,
+    backend: BackendOption = Backend.EMBEDDED,
+    tp_size: TpSize = 1,
     device: option.Device = None,
     dtype: option.DtypeOption = None,
     weights: option.WeightsOption = option.Weights.AS_TRAINED,
@@ -49,6 +52,8 @@ def generate(
       npr generate MODEL_DIR "a:1+2?" --samples 4 --temperature 1 --top-p 0.95 --json
 
       echo "a:1+2?" | npr generate MODEL_DIR - --mode sequential
+
+      npr generate MODEL_DIR "a:1+2?" --backend sglang
 
       torchrun --nproc-per-node 2 --no-python npr generate MODEL_DIR "a:1+2?"
 
@@ -84,6 +89,8 @@ def generate(
         template=template,
         num_samples=samples,
         is_budget_firm=max_new_tokens is not None,
+        backend=backend.value,
+        tp_size=tp_size,
         device=device,
         dtype=None if dtype is None else dtype.value,
         weights=weights.value,

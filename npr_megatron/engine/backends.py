@@ -15,6 +15,7 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.compute.model import storage_layout
 from npr_megatron.engine.interface import Engine
 from npr_megatron.errors import ConfigError, EnvironmentFault
+from npr_megatron.records.request import GenerationRequest
 from npr_megatron.schema.tags import Vocabulary
 from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.tiles import Layout
@@ -62,6 +63,17 @@ def storages_of(model: ModelConfig, config: EngineConfig) -> Layout:
             return storage_layout(model, weights=config.weights)
         case "sglang":
             return engine_layout(model, engine="sglang")
+
+
+def slots_needed(request: GenerationRequest, config: EngineConfig) -> int:
+    """Return the smallest ``num_kv_slots`` with which an engine serves ``request``."""
+    match config.backend:
+        case "embedded":
+            return len(request.prompt_ids) + request.max_new_tokens + 1
+        case "sglang":
+            from npr_megatron.engine.sglang.reservations import pool_for
+
+            return pool_for(request, config)
 
 
 def _device_type(device: str | torch.device) -> DeviceType:

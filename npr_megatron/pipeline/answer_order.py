@@ -31,6 +31,9 @@ class AnswerOrder:
     """Answers per question."""
     is_budget_firm: bool = False
     """A long prompt is refused if the budget does not fit behind it; otherwise it gets less."""
+    backend: Literal["embedded", "sglang"] = "embedded"
+    tp_size: int = 1
+    """Devices that share one SGLang engine."""
     device: str | None = None
     """``cpu``, ``cuda`` or ``cuda:1``; None takes CUDA where there is some."""
     dtype: Literal["fp32", "bf16"] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 
 from npr_megatron.config.stages import StageName
@@ -58,11 +59,12 @@ def _quality(
 def _speed(context: RunContext, problems: ProblemSource, stage: StageName, model: Path) -> Speed:
     from npr_megatron.pipeline.local_engine import open_engine
 
-    engine = open_engine(model, context.config.engine, context.tokenizer.vocabulary)
-
     chosen = problems.held_out(context.config.evaluation.speed_problems)
     native, sequential = (
         context.requests(f"speed/{stage}", chosen, mode)
         for mode in (DecodeMode.PARALLEL, DecodeMode.SEQUENTIAL)
     )
-    return measure_speed(engine, list(zip(native, sequential, strict=True)))
+    pairs = list(zip(native, sequential, strict=True))
+    config, vocabulary = context.config.engine, context.tokenizer.vocabulary
+    with closing(open_engine(model, config, vocabulary)) as engine:
+        return measure_speed(engine, pairs)

@@ -1,14 +1,14 @@
-"""An engine in this process on an exported model: for ``npr generate`` and speed measurements.
+"""An engine of this process on an exported model: for ``npr generate`` and speed measurements.
 
-Under ``torchrun --nproc-per-node N`` the N processes are one engine: each reads its shard of the
-model, rank 0 decodes and the others compute for it.
+Under ``torchrun --nproc-per-node N`` the N processes are one embedded engine: each reads its shard
+of the model, rank 0 decodes and the others compute for it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.hf_architecture import read_trainable_architecture
 from npr_megatron.config.model import ModelConfig
+from npr_megatron.engine.backends import create_engine, storages_of
 from npr_megatron.engine.compute.model import storage_layout
 from npr_megatron.engine.compute.quantised import quantising_reader
 from npr_megatron.engine.compute.ranks import Ranks
@@ -23,6 +24,7 @@ from npr_megatron.engine.compute.runner import LocalRunner
 from npr_megatron.engine.compute.tensor_parallel import Follower, LeaderRunner
 from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.engine.interface import Engine
+from npr_megatron.errors import InputError
 from npr_megatron.runtime.device import current_device, device_type
 from npr_megatron.schema.tags import Vocabulary
 from npr_megatron.weights.checkpoints.hf import read_hf
@@ -41,7 +43,7 @@ def open_engine(
     *,
     device: torch.device | None = None,
 ) -> Engine:
-    """Return an engine of this process that holds the weights of an HF folder.
+    """Return an engine that holds the weights of an HF folder; close it when it is done.
 
     Args:
         device: None takes a GPU if there is one.
@@ -49,12 +51,18 @@ def open_engine(
     Raises:
         InputError: the folder holds no model of a supported architecture.
         LayoutError: its matrices cannot be kept as ``config.weights`` says.
+        ConfigError: the backend cannot do what ``config`` asks of it.
+        EnvironmentFault: the backend is not installed or does not come up.
     """
     model = read_trainable_architecture(folder)
-    engine = EmbeddedEngine(model, config, vocabulary, device=device or current_device())
-    layout = storage_layout(model, weights=config.weights).ranks[0]
-    _read_shard(folder, model, layout, config, engine.staging())
-    engine.commit(_VERSION)
+    engine = create_engine(model, config, vocabulary, device or current_device())
+    try:
+        layout = storages_of(model, config).ranks[0]
+        _read_shard(folder, model, layout, config, engine.staging())
+        engine.commit(_VERSION)
+    except BaseException:
+        engine.close()
+        raise
     return engine
 
 
@@ -78,14 +86,21 @@ def local_engine(
     None then.
 
     Raises:
-        InputError: the folder holds no model of a supported architecture.
+        InputError: the folder holds no model of a supported architecture, or torchrun was used
+            with a backend that it does not cut.
         LayoutError: the model cannot be cut into so many shards, or not kept as asked.
         EnvironmentFault: a process is gone or silent.
     """
     rank, size = _place()
     if size == 1:
-        yield open_engine(folder, config, vocabulary, device=device)
+        with closing(open_engine(folder, config, vocabulary, device=device)) as engine:
+            yield engine
         return
+    if config.backend != "embedded":
+        raise InputError(
+            f"torchrun started {size} processes and the {config.backend} backend starts its own; "
+            f"run it without torchrun, with --tp-size {size}"
+        )
     device = _device_of_rank(device)
     model = read_trainable_architecture(folder)
     layout = storage_layout(model, size, config.weights).ranks[rank]
