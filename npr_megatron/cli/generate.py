@@ -53,8 +53,6 @@ def generate(
 
       echo "a:1+2?" | npr generate MODEL_DIR - --mode sequential
 
-      npr generate MODEL_DIR "a:1+2?" --backend sglang
-
       torchrun --nproc-per-node 2 --no-python npr generate MODEL_DIR "a:1+2?"
 
     A prompt that cannot be answered (too long, or with signs the tokenizer does not know) is named
