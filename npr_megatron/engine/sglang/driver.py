@@ -340,7 +340,10 @@ class Driver:
         missing = [line for line in self._lines if self._is_missing(line)]
         if not missing:
             return
-        row, vocabulary = trunk_row(self.flow), self.flow.grammar.vocabulary
+        # A branch may close before its siblings have begun, and so before the fork is placed.
+        is_placed = all(line.stream is not None for line in missing)
+        row = trunk_row(self.flow) if is_placed else fork_row(self.flow)
+        vocabulary = self.flow.grammar.vocabulary
         for line in missing:
             if line.is_closed:
                 stage = seal_stage(line, row, self._template, vocabulary)
