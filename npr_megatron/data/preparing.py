@@ -171,7 +171,7 @@ class _Sorter:
     def _problems(self) -> list[str]:
         found = [problem for problem in [turn_end_problem(self._tokenizer)] if problem]
         found += list_faults(self._refused)
-        counts = Counter(fault.kind for fault in self._refused)
+        counts: Counter[FaultKind] = Counter(fault.kind for fault in self._refused)
         found += [_REMEDIES[kind].format(count) for kind, count in counts.items()]
         if not found and not self._num_kept["train"]:
             found.append(

@@ -19,16 +19,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from npr_megatron.config.run import RunConfig
+from npr_megatron.config.sft import SftConfig
 from npr_megatron.config.stages import STAGES, StageName
 from npr_megatron.errors import InputError
 
 # What may differ between two starts of one run without making it another run.
 _FREE_SECTIONS = ("fleet", "cluster", "checkpoint")
+_FREE_SFT_SECTIONS = ("parallel",)  # batches do not depend on it, and checkpoints are read by any
 
 
 class RunFolder:
@@ -42,11 +44,11 @@ class RunFolder:
         self._state = path / "state.json"
 
     @classmethod
-    def of(cls, config: RunConfig) -> RunFolder:
+    def of(cls, config: RunConfig | SftConfig) -> RunFolder:
         """Return the folder that ``config`` names, not yet created."""
         return cls(Path(config.run.output_dir) / f"{config.run.name}-seed{config.run.seed}")
 
-    def open(self, config: RunConfig, *, fresh: bool) -> None:
+    def open(self, config: RunConfig | SftConfig, *, fresh: bool) -> None:
         """Create or reopen the folder; ``fresh`` discards what is there.
 
         Raises:
@@ -56,9 +58,10 @@ class RunFolder:
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         resolved = config.model_dump(mode="json")
+        free = _FREE_SECTIONS if isinstance(config, RunConfig) else _FREE_SFT_SECTIONS
         recorded = self.path / "config.json"
         if recorded.exists():
-            changed = _changed_sections(json.loads(recorded.read_text()), resolved)
+            changed = _changed_sections(json.loads(recorded.read_text()), resolved, free)
             if changed:
                 raise InputError(
                     f"{self.path} holds a run whose {', '.join(changed)} section differs from this "
@@ -98,7 +101,7 @@ class RunFolder:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def rewind(self, stage: StageName, step: int) -> None:
+    def rewind(self, stage: str, step: int) -> None:
         """Cut the logs back to what had happened when ``step`` of ``stage`` was saved."""
         unsaved = lambda line: line["stage"] == stage and line.get("step", 0) > step  # noqa: E731
         for path in (self.metrics, self.samples):
@@ -106,13 +109,11 @@ class RunFolder:
         _drop_lines(self.evaluations, lambda line: line["stage"] == stage)
 
 
-def _changed_sections(recorded: Mapping[str, Any], resolved: Mapping[str, Any]) -> list[str]:
+def _changed_sections(
+    recorded: Mapping[str, Any], resolved: Mapping[str, Any], free: Sequence[str]
+) -> list[str]:
     names = sorted(set(recorded) | set(resolved))
-    return [
-        name
-        for name in names
-        if name not in _FREE_SECTIONS and recorded.get(name) != resolved.get(name)
-    ]
+    return [name for name in names if name not in free and recorded.get(name) != resolved.get(name)]
 
 
 def _drop_lines(path: Path, unwanted: Callable[[dict[str, Any]], bool]) -> None:

@@ -20,7 +20,7 @@ from npr_megatron.data.sources import ProblemSource, open_source
 from npr_megatron.data.sums import is_faithful
 from npr_megatron.data.sums_tokenizer import build_sums_tokenizer
 from npr_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from npr_megatron.errors import ConfigError, InputError
+from npr_megatron.errors import ConfigError
 from npr_megatron.launch.placement import place
 from npr_megatron.launch.preflight import require_environment
 from npr_megatron.launch.ray_cluster import RayCluster
@@ -30,6 +30,7 @@ from npr_megatron.observability.metrics import MetricsLog, read_json_lines
 from npr_megatron.pipeline.context import RunContext
 from npr_megatron.pipeline.folder import RunFolder
 from npr_megatron.pipeline.stages import run_stage
+from npr_megatron.pipeline.starting import require_rows
 from npr_megatron.report.live import LiveView
 from npr_megatron.report.page import write_page
 from npr_megatron.report.table import stage_table
@@ -62,7 +63,7 @@ def run_pipeline(
     if given is None:
         build_sums_tokenizer(tokenizer_folder)
     tokenizer = load_tokenizer(tokenizer_folder, max_plans=config.engine.max_plans)
-    _require_rows(model, tokenizer)
+    require_rows(model, tokenizer)
     last = STAGES.index(until or STAGES[-1])
     open_stages: list[StageName] = [
         stage
@@ -150,14 +151,6 @@ def _at_work(
             is_faithful=is_faithful if isinstance(config.task, SumsTask) else None,
             metrics=MetricsLog(folder.metrics),
             view=view,
-        )
-
-
-def _require_rows(model: ModelConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.num_tokens > model.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.num_tokens} tokens and the model {model.vocab_size} "
-            "embedding rows; use the tokenizer the model was made with, or raise vocab_size"
         )
 
 

@@ -20,6 +20,7 @@ from npr_megatron.data.sources import ProblemSource
 from npr_megatron.errors import ConfigError
 from npr_megatron.pipeline.context import RunContext
 from npr_megatron.pipeline.sft import sft_steps
+from npr_megatron.pipeline.starting import random_model
 from npr_megatron.records.sample import TrainingSample
 
 
@@ -105,15 +106,9 @@ def _train_phase(
 
 def _random_model(context: RunContext) -> Path:
     """Return the folder of the randomly initialised model, written on first use."""
-    from npr_megatron.weights.checkpoints.hf import random_init, write_hf  # needs torch
-
+    config = context.config
     folder = context.folder.stage("seed") / "random"
-    section = context.config.model
-    assert section.architecture is not None, "check_run demands an architecture with a seed stage"
-    if not folder.exists():
-        tensors = random_init(section.architecture, section.init, context.config.run.seed)
-        write_hf(folder, section.architecture, tensors, source_folder=context.tokenizer_folder)
-    return folder
+    return random_model(folder, config.model, config.run.seed, context.tokenizer_folder)
 
 
 def _publish_to_cache(model: Path, cached: Path) -> None:

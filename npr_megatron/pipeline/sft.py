@@ -1,20 +1,23 @@
-"""The supervised loop of the seed model and of BETA: batches, optimizer steps, checkpoints."""
+"""The supervised loop of every stage and of ``npr sft``: batches, steps, checkpoints."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from npr_megatron.config.stages import StageName
 from npr_megatron.config.training import LossConfig
 from npr_megatron.data.packing import pack
+from npr_megatron.errors import DivergenceError
 from npr_megatron.pipeline.context import RunContext
+from npr_megatron.pipeline.ports import Learner
 from npr_megatron.records.randomness import derive_seed, uniforms
-from npr_megatron.records.sample import TrainingSample
-from npr_megatron.train.step import StepBatch
+from npr_megatron.records.sample import PackedBatch, TrainingSample
+from npr_megatron.train.step import StepBatch, StepResult
 
 SFT_LOSS = LossConfig(kind="sft")
 
@@ -33,30 +36,72 @@ def sft_steps(
     ``samples_for(step)`` must depend on the step alone: a resumed run sees the same batches.
     """
     config = context.config
-    every = config.checkpoint.every_sft_steps
-    for step in range(first_step + 1, last_step + 1):
-        started = time.perf_counter()
-        microbatches = pack(
+    supervised_steps(
+        context.trainer,
+        first_step=first_step,
+        last_step=last_step,
+        checkpoint_every=config.checkpoint.every_sft_steps,
+        checkpoints=checkpoints,
+        progress={},
+        batches_for=lambda step: pack(
             samples_for(step),
             row_tokens=config.trainer.row_tokens,
             rows_per_microbatch=config.trainer.rows_per_microbatch,
             num_replicas=config.parallel.dp_size,
-        )
-        result = context.trainer.train_step(StepBatch(microbatches=microbatches, loss=SFT_LOSS))
+        ),
+        record=lambda step, result, seconds: context.record(
+            stage, step, step_metrics(result, seconds)
+        ),
+    )
+
+
+def supervised_steps(
+    trainer: Learner,
+    *,
+    first_step: int,
+    last_step: int,
+    checkpoint_every: int,
+    checkpoints: Path,
+    progress: Mapping[str, Any],
+    batches_for: Callable[[int], tuple[PackedBatch, ...]],
+    record: Callable[[int, StepResult, float], None],
+    suspects: Callable[[int], str] | None = None,
+) -> None:
+    """Run optimizer steps ``first_step`` + 1 .. ``last_step`` and save on the way.
+
+    Args:
+        progress: JSON values stored in every checkpoint, beside the step.
+        batches_for: the microbatches of a step; must depend on the step alone.
+        record: called behind each step with its result and the seconds it took.
+        suspects: says what in the batch of a step may have made its numbers go wrong.
+
+    Raises:
+        DivergenceError: a loss or gradient is not finite; with the suspects.
+    """
+    for step in range(first_step + 1, last_step + 1):
+        started = time.perf_counter()
+        batch = StepBatch(microbatches=batches_for(step), loss=SFT_LOSS)
+        try:
+            result = trainer.train_step(batch)
+        except DivergenceError as error:
+            if suspects is None:
+                raise
+            raise DivergenceError(f"{error}; {suspects(step)}") from error
         seconds = time.perf_counter() - started
-        if step % every == 0 and step < last_step:  # at the end the model itself is exported
-            context.trainer.save(checkpoints, {"step": step})
-        context.record(
-            stage,
-            step,
-            {
-                "train/loss": result.loss,
-                "train/grad_norm": result.grad_norm,
-                "train/learning_rate": result.learning_rate,
-                "train/tokens_per_s": result.num_tokens / seconds,
-                "step/s": seconds,
-            },
-        )
+        if step % checkpoint_every == 0 and step < last_step:  # the end is exported as a model
+            trainer.save(checkpoints, {**progress, "step": step})
+        record(step, result, seconds)
+
+
+def step_metrics(result: StepResult, seconds: float) -> dict[str, float]:
+    """Return what every supervised step is logged with."""
+    return {
+        "train/loss": result.loss,
+        "train/grad_norm": result.grad_norm,
+        "train/learning_rate": result.learning_rate,
+        "train/tokens_per_s": result.num_tokens / seconds,
+        "step/s": seconds,
+    }
 
 
 def epoch_indices(num_samples: int, count: int, step: int, seed: int) -> list[int]:

@@ -24,7 +24,7 @@ _BRANCH_STYLES = ("cyan", "yellow", "magenta", "blue", "red")
 _BRANCH_COLOURS = ("#cdeef5", "#fdf0c4", "#f3d9f2", "#d8e2fb", "#fbdcd6")
 LEGEND = (
     "dim: read, not learnt; bold: learnt; colours: branches, which do not see one another; "
-    "[boxed]: in the response, but nothing predicts it"
+    "reversed or framed: in the response, but nothing predicts it"
 )
 
 

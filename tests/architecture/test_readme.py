@@ -49,6 +49,9 @@ RUN_ELSEWHERE = {
         "tests/end_to_end/test_runs.py"
     ),
     "sbatch examples/qwen3-4b/launch.sbatch": "tests/examples/test_examples.py",
+    ".venv/bin/npr sft examples/sft/run.toml": "tests/end_to_end/test_sft.py",
+    ".venv/bin/torchrun --nproc-per-node 2 --no-python .venv/bin/npr sft examples/sft/run.toml "
+    "parallel.dp_size=2": "tests/end_to_end/test_sft.py",
 }
 RUN_HERE = [
     ".venv/bin/npr weights plan qwen3-235b-a22b --trainer tp4,pp2,dp8,ep8,etp1 --engine tp8,ep8 "
@@ -58,6 +61,8 @@ RUN_HERE = [
     ".venv/bin/npr --help",
     ".venv/bin/npr check examples/quickstart/run.toml",
     ".venv/bin/npr pipeline examples/quickstart/run.toml --dry-run",
+    ".venv/bin/npr sft examples/sft/run.toml --check",
+    ".venv/bin/npr sft examples/sft/run.toml --dry-run",
 ]
 
 

@@ -2,7 +2,7 @@
 
 The server is clean: a child of the test process itself could not run backward once any test had
 (autograd refuses to work across fork). Rendezvous is a file, so nothing needs a port. Warnings are
-errors in the ranks too, except those named here.
+errors in the ranks too, except those about torch and Megatron themselves.
 """
 
 from __future__ import annotations
@@ -17,19 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_FOREIGN_WARNINGS = (
-    # megatron-core 0.16.1, about itself
-    r"full scope is deprecated",
-    r"MLP requires ffn_hidden_size",
-    r"Warning: tp_group is None",
-    r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # of experts
-    r"When using sequence parallelism it is recommended",
-    r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
-    r"The \.grad attribute of a Tensor that is not a leaf",  # the optimizer's shards are views
-    r"`load_state_dict` is deprecated",
-    r"Please use DTensor instead",
-)
-_PRELOAD = ["npr_megatron.train.rank", "tests.chaos.case"]
+from npr_megatron.runtime.foreign_warnings import silence_foreign_warnings
+
+_PRELOAD = ["npr_megatron.train.rank", "npr_megatron.pipeline.sft_run", "tests.chaos.case"]
 
 
 def forks() -> multiprocessing.context.ForkServerContext:
@@ -85,8 +75,7 @@ def _run_rank(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            for message in _FOREIGN_WARNINGS:
-                warnings.filterwarnings("ignore", message=message)
+            silence_foreign_warnings()
             result = function(rank, world_size, f"file://{folder}/rendezvous", *args)
     except BaseException:  # noqa: BLE001 - whatever it was, the test must report it
         (folder / f"error-{rank}").write_text(f"--- rank {rank}\n{traceback.format_exc()}")

@@ -10,14 +10,20 @@ import pytest
 
 from npr_megatron.cli.options import load_checked
 from npr_megatron.cli.pipeline import describe
+from npr_megatron.cli.sft import load_checked_sft
 from npr_megatron.config.check import check_all
 from npr_megatron.config.loader import load_run, read_toml
 from npr_megatron.config.run import RunConfig
+from npr_megatron.config.sft import SftConfig
+from npr_megatron.data.conversations import check_rows
 from npr_megatron.launch.placement import place
 from tests.unit.config.test_check import write_qwen3
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FOLDERS = sorted(path for path in EXAMPLES.iterdir() if path.is_dir())
+PIPELINES = sorted(
+    path.parent for path in EXAMPLES.glob("*/run.toml") if "[zero]" in path.read_text()
+)
+SFT = EXAMPLES / "sft"
 
 
 def prepared(folder: Path, tmp_path: Path) -> list[str]:
@@ -30,7 +36,20 @@ def prepared(folder: Path, tmp_path: Path) -> list[str]:
     return [f"model.path={model}", f"task.train_path={data}", f"task.test_path={data}"]
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_example_is_a_pipeline_or_the_one_of_sft():
+    assert {path for path in EXAMPLES.iterdir() if path.is_dir()} == {*PIPELINES, SFT}
+
+
+def test_the_sft_example_is_right_to_the_last_row_and_shows_each_section(monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    assert (SFT / "README.md").stat().st_size > 0
+    config, _ = load_checked_sft(SFT / "run.toml", [])
+    assert check_rows(config.data.train) == []
+    described = set(read_toml(SFT / "run.toml"))
+    assert described == set(SftConfig.model_fields)
+
+
+@pytest.mark.parametrize("folder", PIPELINES, ids=lambda folder: folder.name)
 def test_every_example_has_a_run_file_a_readme_and_no_problem(folder, tmp_path):
     assert (folder / "README.md").stat().st_size > 0
     config = load_checked(folder / "run.toml", prepared(folder, tmp_path))
