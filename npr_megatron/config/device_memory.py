@@ -1,8 +1,8 @@
 """What a trainer rank is estimated to keep on its device: pure arithmetic.
 
-Weights, gradients and optimizer state are exact; activations are what autograd saves of the
-matrix products, norms and attention between them, without recompute. What kernels and
-communication need besides is not counted.
+Weights, gradients and optimizer state are exact; activations are what autograd saves, without
+recompute and without the dense mask that the CPU alone has. What kernels and communication need
+besides is not counted.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ def _saved_in_a_layer(model: ModelConfig, tp_size: int) -> int:
     keys = model.num_key_value_heads * model.head_dim
     # Two norms: input and output, cut over the ranks by sequence parallelism.
     hidden = 4 * model.hidden_size
-    # Before and after the norm, rotated, swapped halves; values; what attention returns.
-    attention = 4 * (queries + keys) + keys + queries
-    # Gate and up, the activated gate, and their product.
-    mlp = 4 * _active_width(model, model.moe)
+    # The fused product; queries and keys normed and rotated; what attention takes and returns.
+    attention = 5 * queries + 7 * keys
+    # Gate and up, and the steps of the activation up to the input of the last product.
+    mlp = 5 * _active_width(model, model.moe)
     return -(-(hidden + attention + mlp) // tp_size)
 
 

@@ -24,14 +24,7 @@ ROW_MULTIPLE = 16
 """Packed rows are padded to a multiple of this many tokens."""
 _FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """What both sides of a matrix product must be multiples of, by recipe."""
-_UNTRAINED = ("cp_size", "vocab_divisor", "vpp_size")
-_UNTRAINED_SPLITS = (
-    "num_layers_in_first_stage",
-    "num_layers_in_last_stage",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "pipeline_layout",
-)
+_UNTRAINED = ("cp_size", "vocab_divisor")
 _GIB = 2**30
 
 
@@ -45,7 +38,7 @@ def parallel_problems(
         trainer: rows, numerics and the memory of a device.
         model: what is trained; without it the rules about its shape are skipped.
     """
-    problems = [*_rows(parallel, trainer), *_untrained(parallel)]
+    problems = [*_rows(parallel, trainer), *_replicas(parallel), *_untrained(parallel)]
     if model is None:
         return problems
     shape = layout_problems(model, parallel)
@@ -107,9 +100,17 @@ def _rows(parallel: ParallelConfig, trainer: TrainerConfig) -> Iterator[str]:
     )
 
 
+def _replicas(parallel: ParallelConfig) -> Iterator[str]:
+    if parallel.overlap_data_parallel and parallel.dp_size * parallel.cp_size == 1:
+        yield (
+            "parallel.overlap_data_parallel is set and there is one replica, parallel.dp_size 1; "
+            "remove it, or raise dp_size"
+        )
+
+
 def _untrained(parallel: ParallelConfig) -> Iterator[str]:
     """A layout for weights may be asked for that the trainer does not run with."""
-    for name in (*_UNTRAINED, *_UNTRAINED_SPLITS):
+    for name in _UNTRAINED:
         value = getattr(parallel, name)
         if value != ParallelConfig.model_fields[name].default:
             yield (

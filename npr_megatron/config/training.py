@@ -35,6 +35,9 @@ class ParallelConfig(Section):
     """The head and the loss count as one layer of the last stage."""
     pipeline_layout: str | None = None
     """Megatron's layout string, ``Et*3|t*4|t*4L``: replaces every other rule of the split."""
+    overlap_data_parallel: bool = False
+    """Gradients are reduced while backward runs, and new weights gathered while the next forward
+    does."""
     vocab_divisor: PositiveInt = 1
     """Rows of embedding and head are padded to a multiple of vocab_divisor * tp (128 where
     Megatron's own scripts pad)."""
@@ -48,6 +51,12 @@ class ParallelConfig(Section):
     def world_size(self) -> int:
         """Trainer ranks."""
         return self.ranks_per_stage * self.pp_size
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """The number of microbatches of a step is a multiple of it: the same for every replica,
+        and an interleaved schedule goes round the stages in full turns."""
+        return self.dp_size * (self.pp_size if self.vpp_size > 1 else 1)
 
     @property
     def expert_tp_size(self) -> int:

@@ -83,8 +83,8 @@ class TrainerGroup:
     ) -> None:
         if len(seats) != parallel.world_size:
             raise ConfigError(
-                f"the trainer needs tp * pp * dp = {parallel.world_size} seats, {len(seats)} were "
-                "placed; place it with the same [parallel] section"
+                f"the trainer needs tp * cp * dp * pp = {parallel.world_size} seats, {len(seats)} "
+                "were placed; place it with the same [parallel] section"
             )
         self._seats = tuple(seats)
         self._arguments: dict[str, Any] = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -16,21 +19,58 @@ from npr_megatron.runtime.device import current_device, device_type
 from npr_megatron.runtime.process_group import RankPlace
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A rank's share of the model: one chunk, or several where the schedule is interleaved."""
+
+    chunks: tuple[BranchGPT, ...]
+    """In the order in which they run."""
+    wrapped: tuple[DistributedDataParallel, ...]
+    """The same chunks, in the same order, as Megatron trains them."""
+
+
 def build_stage(
     model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, place: RankPlace
-) -> tuple[BranchGPT, DistributedDataParallel]:
-    """Return this rank's stage and the same stage wrapped for training.
+) -> Stage:
+    """Return this rank's stage.
 
     Its parameters are uninitialised until weights are loaded. Needs the process groups of
     ``runtime.process_group.start``; call inside ``device_scope``.
     """
     config: TransformerConfig = transformer_config(model, parallel, dtype)
-    stage = BranchGPT(
+    chunks = tuple(
+        _build_chunk(model, config, place, number, parallel.vpp_size)
+        for number in range(parallel.vpp_size)
+    )
+    wrapped = tuple(
+        DistributedDataParallel(
+            config,
+            ddp_config(parallel),
+            Float16Module(config, chunk) if config.bf16 else chunk,
+            # Later chunks communicate while others compute; one message each is enough.
+            disable_bucketing=number > 0,
+        )
+        for number, chunk in enumerate(chunks)
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_data_parallel:
+        # Gradients are reduced in the backward of the last microbatch only.
+        pauses: Any = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = pauses if len(wrapped) > 1 else pauses[0]
+    return Stage(chunks, wrapped)
+
+
+def _build_chunk(
+    model: ModelConfig, config: TransformerConfig, place: RankPlace, number: int, num_chunks: int
+) -> BranchGPT:
+    """Return chunk ``number``: the embedding is in the first of the first stage, the head in the
+    last of the last."""
+    virtual = number if num_chunks > 1 else None
+    return BranchGPT(
         model,
         config,
-        transformer_layer_spec=block_spec(config, device_type()),
-        pre_process=place.is_first_stage,
-        post_process=place.is_last_stage,
+        transformer_layer_spec=block_spec(config, device_type(), virtual),
+        pre_process=place.is_first_stage and number == 0,
+        post_process=place.is_last_stage and number == num_chunks - 1,
+        vp_stage=virtual,
     ).to(current_device())
-    module = Float16Module(config, stage) if config.bf16 else stage
-    return stage, DistributedDataParallel(config, ddp_config(), module)

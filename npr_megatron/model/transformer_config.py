@@ -52,7 +52,9 @@ def transformer_config(
         # Sums over tokens are divided once, by the token count of the whole global batch. DDP reads
         # this flag when it is built: without it gradients come out divided by dp as well.
         calculate_per_token_loss=True,
-        # Two messages between one pair of stages match by order on gloo; batching them swaps them.
+        # Interleaved chunks on two stages send two messages between one pair of ranks at a time.
+        # They match by order, and batching swaps them: Megatron then trains on wrong activations
+        # and says nothing.
         batch_p2p_comm=False,
         # Weights are always loaded after building. Initialisation stays on because it also marks
         # which parameters are sharded (clipping and checkpoints read the mark), but draws nothing.
@@ -109,6 +111,11 @@ def _leave_unset(_: Tensor) -> None:
     pass
 
 
-def ddp_config() -> DistributedDataParallelConfig:
+def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
     """Return how gradients are summed: in fp32 and reduce-scattered to the optimizer's shards."""
-    return DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=parallel.overlap_data_parallel,
+        overlap_param_gather=parallel.overlap_data_parallel,
+    )

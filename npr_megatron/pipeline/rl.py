@@ -125,7 +125,7 @@ def learn(
         samples,
         row_tokens=config.trainer.row_tokens,
         rows_per_microbatch=config.trainer.rows_per_microbatch,
-        num_replicas=config.parallel.dp_size,
+        num_replicas=config.parallel.microbatch_multiple,
     )
     return context.trainer.train_step(StepBatch(microbatches=microbatches, loss=recipe.loss))
 

@@ -47,7 +47,7 @@ def sft_steps(
             samples_for(step),
             row_tokens=config.trainer.row_tokens,
             rows_per_microbatch=config.trainer.rows_per_microbatch,
-            num_replicas=config.parallel.dp_size,
+            num_replicas=config.parallel.microbatch_multiple,
         ),
         record=lambda step, result, seconds: context.record(
             stage, step, step_metrics(result, seconds)

@@ -8,13 +8,15 @@ A folder of checkpoints looks like this; ``latest`` names the one to resume from
 
 Shards are written into a folder of another name that is renamed when complete, then ``latest`` is
 replaced, then older checkpoints are removed: whenever the process dies, what ``latest`` names is
-whole. The optimizer's state is stored fully reshardable, so TP, PP and DP may change in between.
+whole. The optimizer's state is stored fully reshardable, so TP, PP, VPP and DP may change in
+between.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ _PARTIAL = ".partial-"
 def save_checkpoint(
     folder: str | Path,
     step: int,
-    gpt: BranchGPT,
+    chunks: Sequence[BranchGPT],
     optimizer: MegatronOptimizer,
     progress: dict[str, Any],
 ) -> Path:
@@ -51,7 +53,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded_state(gpt, optimizer, step, is_loading=False), str(partial))
+    state = _sharded_state(chunks, optimizer, step, is_loading=False)
+    dist_checkpointing.save(state, str(partial))
     if is_writer:
         (partial / _PROGRESS).write_text(json.dumps(progress))
         _publish(partial, published)
@@ -60,7 +63,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: str | Path, gpt: BranchGPT, optimizer: MegatronOptimizer
+    folder: str | Path, chunks: Sequence[BranchGPT], optimizer: MegatronOptimizer
 ) -> tuple[int, dict[str, Any]]:
     """Restore model and optimizer in place; return the step and the stored progress.
 
@@ -76,29 +79,37 @@ def load_checkpoint(
             f"a checkpoint was to be read from {folder}, which holds neither {LATEST} nor "
             f"{_PROGRESS}; name a folder that a trainer has saved to"
         )
-    wanted = _sharded_state(gpt, optimizer, 0, is_loading=True)
+    wanted = _sharded_state(chunks, optimizer, 0, is_loading=True)
     state: Any = dist_checkpointing.load(wanted, str(path))
-    gpt.load_state_dict(state["model"])
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[_model_key(number)])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"]), json.loads((path / _PROGRESS).read_text())
 
 
 def _sharded_state(
-    gpt: BranchGPT, optimizer: MegatronOptimizer, step: int, *, is_loading: bool
+    chunks: Sequence[BranchGPT], optimizer: MegatronOptimizer, step: int, *, is_loading: bool
 ) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = gpt.sharded_state_dict(metadata=metadata)
+    models = {
+        _model_key(number): chunk.sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(chunks)
+    }
     return {
-        "model": model,
-        "optimizer": optimizer.sharded_state_dict(
-            {"model": model}, is_loading=is_loading, metadata=metadata
-        ),
+        **models,
+        "optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata),
         "step": torch.tensor(step),
     }
+
+
+def _model_key(chunk: int) -> str:
+    """Return the name of a chunk's state; what is stored is named by the layer's number in the
+    model, so chunks of one layout read what those of another have written."""
+    return f"model{chunk}" if chunk else "model"
 
 
 def _publish(partial: Path, published: Path) -> None:

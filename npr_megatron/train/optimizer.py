@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -16,7 +17,7 @@ from npr_megatron.errors import DivergenceError
 
 
 def build_optimizer(
-    config: OptimizerConfig, wrapped: DistributedDataParallel, dtype: torch.dtype
+    config: OptimizerConfig, wrapped: Sequence[DistributedDataParallel], dtype: torch.dtype
 ) -> MegatronOptimizer:
     """Return a fresh optimizer over the parameters as they are now.
 
@@ -33,8 +34,9 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(megatron_config, [wrapped])
+    optimizer = get_megatron_optimizer(megatron_config, [*wrapped])
     assert isinstance(optimizer, ChainedOptimizer), "the distributed optimizer comes in a chain"
     for part in optimizer.chained_optimizers:  # a stage may be saved before its first update
         part.init_state_fn(part.optimizer)

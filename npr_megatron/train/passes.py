@@ -1,8 +1,8 @@
 """Forward and backward over the microbatches of one rank, and what they add up to.
 
-One path for every loss and every layout: Megatron's schedule runs the stages (1F1B when pp > 1),
-the last stage turns label log-probs into token losses, and one all-gather makes the sums known
-everywhere.
+One path for every loss and every layout: Megatron's schedule runs the stages (1F1B when pp > 1,
+interleaved over their chunks when vpp > 1), the last stage turns label log-probs into token losses,
+and one all-gather makes the sums known everywhere.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Sums:
 
 
 def run_schedule(
-    wrapped: torch.nn.Module,
+    wrapped: Sequence[torch.nn.Module],
     batches: Sequence[PackedBatch],
     model: ModelConfig,
     dtype: torch.dtype,
@@ -51,7 +51,7 @@ def run_schedule(
     """Run Megatron's schedule and return what ``output_fn`` reported, per microbatch.
 
     Args:
-        wrapped: this rank's stage.
+        wrapped: the chunks of this rank's stage, each of which sees every microbatch.
         batches: this rank's microbatches, all of one shape.
         output_fn: called on the last stage with label log-probs [B, S] and their microbatch;
         returns the sum to differentiate, the number of loss tokens, and the report. forward_only:
@@ -69,8 +69,8 @@ def run_schedule(
     rows, length = batches[0].shape
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=wrapped,
+        data_iterator=[iter(batches) for _ in wrapped],
+        model=[*wrapped],
         num_microbatches=len(batches),
         seq_length=length,
         micro_batch_size=rows,
@@ -79,7 +79,7 @@ def run_schedule(
 
 
 def backward_losses(
-    wrapped: torch.nn.Module,
+    wrapped: Sequence[torch.nn.Module],
     batches: Sequence[PackedBatch],
     loss: LossConfig,
     model: ModelConfig,
@@ -132,7 +132,7 @@ def add_up(share: Tensor, *, counts: bool) -> Sums:
 
 
 def forward_logprobs(
-    wrapped: torch.nn.Module,
+    wrapped: Sequence[torch.nn.Module],
     batches: Sequence[PackedBatch],
     model: ModelConfig,
     dtype: torch.dtype,

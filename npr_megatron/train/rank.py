@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 
 from npr_megatron.config.model import ModelConfig
@@ -81,20 +80,25 @@ class TrainerRank:
         self._own_layout = self._layout.ranks[info.rank]
         with device_scope():
             self._place = process_group.start(info, parallel)
-            self._gpt, self._wrapped = build_stage(model, parallel, self._dtype, self._place)
+            self._stage = build_stage(model, parallel, self._dtype, self._place)
             self._cpu_world = process_group.cpu_world()
-        self._gpt.config.finalize_model_grads_func = finalize_model_grads
-        check_live_layout(live_layout([self._gpt], model), self._own_layout)
-        self._storages = stage_storages([self._gpt])
+        check_live_layout(live_layout(self._stage.chunks, model), self._own_layout)
+        self._storages = stage_storages(self._stage.chunks)
         self._publisher: Publisher | None = None
         self._optimizer: MegatronOptimizer | None = None
         self._optimizer_config: OptimizerConfig | None = None
         self._num_steps = 0
         self._step = 0
+        self._is_whole = True
+        """Whether every rank holds the weights of the last step, not its own shard of them only."""
 
     @property
     def storages(self) -> dict[str, torch.Tensor]:
-        """This rank's live weights, as ``weights.layouts.trainer_layout`` names and shapes them."""
+        """This rank's live weights, as ``weights.layouts.trainer_layout`` names and shapes them.
+
+        After a step under ``ParallelConfig.overlap_data_parallel`` they are those of the last step
+        once :meth:`gather_weights` has run.
+        """
         return self._storages
 
     def load_hf(self, path: str | Path) -> None:
@@ -107,12 +111,13 @@ class TrainerRank:
         """
         checkpoint = read_hf(path, self._model)
         load_tiles(self._own_layout, checkpoint.read, self._storages)
+        self._is_whole = True
         self._optimizer = self._optimizer_config = None
 
     def begin_stage(self, optimizer: OptimizerConfig, num_steps: int) -> None:
         """Start a training stage of ``num_steps`` from the present weights, without momentum."""
         with device_scope():
-            self._optimizer = build_optimizer(optimizer, self._wrapped, self._dtype)
+            self._optimizer = build_optimizer(optimizer, self._stage.wrapped, self._dtype)
         self._optimizer_config, self._num_steps, self._step = optimizer, num_steps, 0
 
     def train_step(self, batch: StepBatch) -> StepResult:
@@ -124,18 +129,20 @@ class TrainerRank:
                 engine's by more than ``TrainerConfig.max_logprob_gap``. The weights are as before.
         """
         optimizer, config = self._begun()
-        parallel = self._parallel
+        parallel, wrapped = self._parallel, self._stage.wrapped
         rate = learning_rate(config, self._step, self._num_steps)
-        share = batch.share(self._place.dp_rank, parallel.dp_size, parallel.tp_size)
+        share = batch.share(self._place.dp_rank, parallel)
         if batch.num_loss_tokens == 0:
             return _result(batch, Sums.nothing(), grad_norm=0.0, learning_rate=rate)
         with device_scope():
-            self._wrapped.zero_grad_buffer()
+            for chunk in wrapped:
+                chunk.zero_grad_buffer()
             optimizer.zero_grad()
-            own = backward_losses(self._wrapped, share, batch.loss, self._model, self._dtype)
+            own = backward_losses(wrapped, share, batch.loss, self._model, self._dtype)
             sums = add_up(own, counts=self._place.reports)
             self._check(sums)
             grad_norm = take_step(optimizer, rate, self._step)
+        self._is_whole = not parallel.overlap_data_parallel
         self._step += 1
         return _result(batch, sums, grad_norm=grad_norm, learning_rate=rate)
 
@@ -146,15 +153,27 @@ class TrainerRank:
             InputError: as :meth:`train_step`.
         """
         parallel = self._parallel
-        shape = check_microbatches(batch.microbatches, parallel.dp_size, parallel.tp_size)
-        share = batch.share(self._place.dp_rank, parallel.dp_size, parallel.tp_size)
+        shape = check_microbatches(batch.microbatches, parallel)
+        share = batch.share(self._place.dp_rank, parallel)
         logprobs_MBS = torch.zeros(len(batch.microbatches), *shape, device=current_device())
         with device_scope():
-            own = forward_logprobs(self._wrapped, share, self._model, self._dtype)
+            own = forward_logprobs(self._stage.wrapped, share, self._model, self._dtype)
             if self._place.reports:
                 logprobs_MBS[self._place.dp_rank :: parallel.dp_size] = torch.stack(own)
             dist.all_reduce(logprobs_MBS)
         return list(logprobs_MBS.cpu().numpy())
+
+    def gather_weights(self) -> None:
+        """Complete the weights of the last step on every rank, where that was left to the forward.
+
+        Collective. :meth:`publish`, :meth:`save` and :meth:`export_hf` call it themselves.
+        """
+        if self._is_whole:
+            return
+        with device_scope():
+            for chunk in self._stage.wrapped:
+                chunk.start_param_sync(force_sync=True)
+        self._is_whole = True
 
     def save(self, path: str | Path, progress: dict[str, Any]) -> None:
         """Write weights, optimizer and step as a new checkpoint in the folder ``path``.
@@ -162,8 +181,9 @@ class TrainerRank:
         ``progress`` (JSON values) is the caller's and comes back from :meth:`load`.
         """
         optimizer, _ = self._begun()
+        self.gather_weights()
         with device_scope():
-            save_checkpoint(path, self._step, self._gpt, optimizer, progress)
+            save_checkpoint(path, self._step, self._stage.chunks, optimizer, progress)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Continue the stage begun with ``begin_stage`` from the latest checkpoint in ``path``.
@@ -173,18 +193,21 @@ class TrainerRank:
         """
         optimizer, _ = self._begun()
         with device_scope():
-            self._step, progress = load_checkpoint(path, self._gpt, optimizer)
+            self._step, progress = load_checkpoint(path, self._stage.chunks, optimizer)
+        self._is_whole = True
         return progress
 
     def publish(self, version: int) -> RankPublication:
-        """Copy this rank's weights to its shared-memory arena as ``version``; not collective.
+        """Copy this rank's weights to its shared-memory arena as ``version``.
 
-        Training may go on when it returns. The first call reserves memory for two versions.
+        Collective under ``ParallelConfig.overlap_data_parallel``, not otherwise. Training may go
+        on when it returns. The first call reserves memory for two versions.
 
         Raises:
             EnvironmentFault: no room in the arena's folder.
             StaleWeightsError: ``version`` is not above the last one.
         """
+        self.gather_weights()
         if self._publisher is None:
             self._publisher = Publisher(
                 self._layout,
@@ -202,6 +225,7 @@ class TrainerRank:
             path: replaced if it exists; must be reachable from rank 0.
             source_folder: tokenizer files and special token ids are copied from there.
         """
+        self.gather_weights()
         with device_scope():
             export_hf(
                 path,

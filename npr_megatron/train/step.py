@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from npr_megatron.config.training import LossConfig
+from npr_megatron.config.training import LossConfig, ParallelConfig
 from npr_megatron.errors import InputError
 from npr_megatron.records.sample import PackedBatch
 
@@ -18,7 +18,7 @@ class StepBatch:
     """
 
     microbatches: tuple[PackedBatch, ...]
-    """All of one shape; their number is a multiple of dp_size."""
+    """All of one shape; their number is a multiple of ``ParallelConfig.microbatch_multiple``."""
     loss: LossConfig
 
     @property
@@ -31,14 +31,14 @@ class StepBatch:
         """Tokens that are not padding, over all microbatches."""
         return sum(batch.num_tokens for batch in self.microbatches)
 
-    def share(self, dp_rank: int, dp_size: int, tp_size: int) -> tuple[PackedBatch, ...]:
+    def share(self, dp_rank: int, parallel: ParallelConfig) -> tuple[PackedBatch, ...]:
         """Return the microbatches of one data-parallel rank, in order.
 
         Raises:
             InputError: shapes differ, or do not divide over the ranks.
         """
-        check_microbatches(self.microbatches, dp_size, tp_size)
-        return self.microbatches[dp_rank::dp_size]
+        check_microbatches(self.microbatches, parallel)
+        return self.microbatches[dp_rank :: parallel.dp_size]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class StepResult:
 
 
 def check_microbatches(
-    microbatches: tuple[PackedBatch, ...], dp_size: int, tp_size: int
+    microbatches: tuple[PackedBatch, ...], parallel: ParallelConfig
 ) -> tuple[int, int]:
     """Return the common shape (B, S) of ``microbatches``.
 
@@ -77,15 +77,16 @@ def check_microbatches(
             f"a step takes microbatches of one shape, found {sorted(shapes) or 'none'}; "
             "pack all samples of a step together"
         )
-    if len(microbatches) % dp_size:
+    if len(microbatches) % parallel.microbatch_multiple:
+        turns = f", and over pp_size {parallel.pp_size} in turns" if parallel.vpp_size > 1 else ""
         raise InputError(
-            f"{len(microbatches)} microbatches do not divide over dp_size {dp_size}; "
-            "pack with num_replicas = dp_size"
+            f"{len(microbatches)} microbatches do not divide over dp_size {parallel.dp_size}"
+            f"{turns}; pack with num_replicas = {parallel.microbatch_multiple}"
         )
     rows, length = next(iter(shapes))
-    if length % tp_size:
+    if length % parallel.tp_size:
         raise InputError(
-            f"rows of {length} tokens do not divide over tp_size {tp_size} under sequence "
+            f"rows of {length} tokens do not divide over tp_size {parallel.tp_size} under sequence "
             "parallelism; pad rows to a multiple of it"
         )
     return rows, length

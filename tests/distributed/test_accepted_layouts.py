@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from npr_megatron.config.device_memory import rank_memory
 from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.config.parallel_check import parallel_problems
 from npr_megatron.config.training import ParallelConfig, TrainerConfig
@@ -80,6 +81,7 @@ def build_all(rank, world_size, init_method, cases):
     from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers "fake"
 
     from npr_megatron.model.live_layout import check_live_layout, live_layout
+    from npr_megatron.model.storages import stage_storages
     from npr_megatron.runtime import process_group
     from npr_megatron.runtime.device import device_scope
 
@@ -101,6 +103,10 @@ def build_all(rank, world_size, init_method, cases):
                 chunks = build_chunks(case.model, case.parallel)
                 declared = trainer_layout(case.model, case.parallel).ranks[stand]
                 check_live_layout(live_layout(chunks, case.model), declared)
+                stage = parallel_state.get_pipeline_model_parallel_rank()
+                estimate = rank_memory(case.model, case.parallel, TrainerConfig(), stage)
+                held = sum(t.numel() * t.element_size() for t in stage_storages(chunks).values())
+                assert estimate.weights == held, f"{estimate.weights} bytes are not {held}"
         except Exception as error:  # noqa: BLE001 - whatever it is, the test reports it
             complaints.append(f"{case} on rank {stand}: {error!r}")
         process_group.stop()

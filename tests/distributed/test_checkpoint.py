@@ -8,7 +8,7 @@ import pytest
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import InputError
 from tests.distributed.harness import run_ranks
-from tests.distributed.jobs import MODEL, Job, open_rank, train, whole_model
+from tests.distributed.jobs import MODEL, Job, check_weights, open_rank, train, whole_model
 from tests.distributed.samples import step_batches
 
 BATCHES = step_batches("sft", 4)
@@ -20,9 +20,24 @@ def run(tmp_path, parallel, **job):
     return outcomes[0], weights
 
 
-@pytest.mark.parametrize("size", ["tp_size", "dp_size"])
-def test_resumed_run_is_bitwise_the_uninterrupted_one(size, hf_folder, tmp_path):
-    parallel = ParallelConfig(**{size: 2})
+LAYOUTS = {
+    "tp2": ParallelConfig(tp_size=2),
+    "pp2 vpp2": ParallelConfig(pp_size=2, vpp_size=2),
+    "pp3 uneven": ParallelConfig(
+        pp_size=3, num_layers_in_first_stage=1, num_layers_in_last_stage=1
+    ),
+    "dp2 overlapped": ParallelConfig(dp_size=2, overlap_data_parallel=True),
+    "pp2 vpp2 by string": ParallelConfig(pp_size=2, vpp_size=2, pipeline_layout="E|ttt|t|L"),
+    "tp2 dp2": ParallelConfig(tp_size=2, dp_size=2),
+    "one rank": ParallelConfig(),
+}
+NAMES = [*LAYOUTS]
+PAIRS = [(a, NAMES[(i + step) % len(NAMES)]) for i, a in enumerate(NAMES) for step in (1, 3)]
+
+
+@pytest.mark.parametrize("name", ["tp2", "dp2 overlapped", "pp2 vpp2"])
+def test_resumed_run_is_bitwise_the_uninterrupted_one(name, hf_folder, tmp_path):
+    parallel = LAYOUTS[name]
     saved = tmp_path / "checkpoints"
     whole, expected = run(tmp_path, parallel, hf_folder=hf_folder, batches=BATCHES)
     run(tmp_path, parallel, hf_folder=hf_folder, batches=BATCHES[:2], save_to=saved)
@@ -36,17 +51,30 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(size, hf_folder, tmp_path)
         np.testing.assert_array_equal(weights[name], tensor, err_msg=name)
 
 
-def test_checkpoint_of_pp2_continues_under_tp2_and_on_one_rank(hf_folder, tmp_path):
-    saved = tmp_path / "checkpoints"
-    pp2 = ParallelConfig(pp_size=2)
-    _, expected = run(tmp_path, pp2, hf_folder=hf_folder, batches=BATCHES)
-    run(tmp_path, pp2, hf_folder=hf_folder, batches=BATCHES[:2], save_to=saved)
-    for parallel in (ParallelConfig(tp_size=2), ParallelConfig()):
-        _, weights = run(
-            tmp_path, parallel, hf_folder=hf_folder, load_from=saved, batches=BATCHES[2:]
-        )
-        for name, tensor in expected.items():
-            np.testing.assert_allclose(weights[name], tensor, atol=1e-4, err_msg=name)
+@pytest.fixture(scope="module")
+def saved(hf_folder, tmp_path_factory):
+    """A checkpoint after two steps under each layout, and four steps of one rank."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name, parallel in LAYOUTS.items():
+        run(folder, parallel, hf_folder=hf_folder, batches=BATCHES[:2], save_to=folder / name)
+    return folder, run(folder, ParallelConfig(), hf_folder=hf_folder, batches=BATCHES)
+
+
+@pytest.mark.parametrize(("written", "read"), PAIRS, ids=lambda name: name)
+def test_a_checkpoint_continues_under_any_layout(written, read, saved, hf_folder, tmp_path):
+    folder, (uninterrupted, expected) = saved
+    resumed, weights = run(
+        tmp_path,
+        LAYOUTS[read],
+        hf_folder=hf_folder,
+        load_from=folder / written,
+        batches=BATCHES[2:],
+    )
+    for got, want in zip(resumed.results, uninterrupted.results[2:], strict=True):
+        assert got.loss == pytest.approx(want.loss, rel=1e-5)
+        assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-5)
+        assert got.learning_rate == want.learning_rate
+    check_weights(weights, expected)
 
 
 def save_twice_then_look(rank, world_size, init_method, job, folder):

@@ -13,13 +13,20 @@ from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.storages import box_reader, check_storages, empty_storages, load_tiles
 from tests.distributed.harness import run_ranks
 from tests.distributed.jobs import MODEL, Job, train
+from tests.distributed.planted import weights_are_read_before_they_are_gathered
 from tests.distributed.samples import step_batches
 
 UNTIED = MODEL.model_copy(update={"tie_word_embeddings": False})
 LAYOUTS = [
     *(ParallelConfig(tp_size=tp, pp_size=pp) for tp in (1, 2) for pp in (1, 2)),
     ParallelConfig(dp_size=2),
+    ParallelConfig(tp_size=2, dp_size=2),
+    ParallelConfig(pp_size=2, vpp_size=2),
+    ParallelConfig(pp_size=2, vpp_size=2, pipeline_layout="E|ttt|t|L"),
+    ParallelConfig(pp_size=3, num_layers_in_first_stage=1, num_layers_in_last_stage=1),
+    ParallelConfig(tp_size=2, pp_size=2, vpp_size=2),
 ]
+OVERLAPPED = ParallelConfig(dp_size=2, overlap_data_parallel=True)
 
 
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
@@ -69,3 +76,34 @@ def test_training_moves_what_is_published(hf_folder, tmp_path):
     )
     after = run_ranks(train, 2, tmp_path, job)[0].received
     assert all(not np.array_equal(before[name], after[name]) for name in before)
+
+
+def two_steps_then(rank, world_size, init_method, job, fault):
+    if fault is not None:
+        fault()
+    return train(rank, world_size, init_method, job)
+
+
+def test_what_leaves_an_overlapped_trainer_is_the_last_step(hf_folder, tmp_path):
+    def leave(name, parallel, *, publish=1, fault=None):
+        job = Job(
+            hf_folder=hf_folder,
+            parallel=parallel,
+            batches=step_batches("sft", 2),
+            publish=publish,
+            export_to=tmp_path / name,
+        )
+        ranks = run_ranks(two_steps_then, parallel.world_size, tmp_path, job, fault)
+        return ranks[0].received, load_file(tmp_path / name / "model.safetensors")
+
+    received, written = leave("plain", ParallelConfig(dp_size=2))
+    also_received, also_written = leave("overlapped", OVERLAPPED)
+    assert all(torch.equal(also_written[name], tensor) for name, tensor in written.items())
+    for name, tensor in received.items():
+        np.testing.assert_array_equal(also_received[name], tensor, err_msg=name)
+
+    fault = weights_are_read_before_they_are_gathered
+    _, stale = leave("stale", OVERLAPPED, publish=None, fault=fault)
+    assert any(not torch.equal(stale[name], tensor) for name, tensor in written.items())
+    with pytest.raises(AssertionError, match="replicas of the weights differ between trainer"):
+        leave("refused", OVERLAPPED, fault=fault)

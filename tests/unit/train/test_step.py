@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from npr_megatron.config.training import LossConfig
+from npr_megatron.config.training import LossConfig, ParallelConfig
 from npr_megatron.errors import InputError
 from npr_megatron.records.sample import PackedBatch
 from npr_megatron.train.step import StepBatch
@@ -33,7 +33,8 @@ def batch_of(*microbatches):
 
 def test_shares_of_all_ranks_are_the_batch_and_disjoint():
     microbatches = [microbatch() for _ in range(6)]
-    shares = [batch_of(*microbatches).share(rank, 3, 1) for rank in range(3)]
+    parallel = ParallelConfig(dp_size=3)
+    shares = [batch_of(*microbatches).share(rank, parallel) for rank in range(3)]
     assert sorted(id(batch) for share in shares for batch in share) == sorted(map(id, microbatches))
 
 
@@ -43,14 +44,19 @@ def test_tokens_are_counted_over_all_microbatches():
 
 
 @pytest.mark.parametrize(
-    ("microbatches", "dp_size", "tp_size", "complaint"),
+    ("microbatches", "sizes", "complaint"),
     [
-        ([], 1, 1, "none"),
-        ([microbatch(), microbatch(shape=(2, 16))], 1, 1, "one shape"),
-        ([microbatch()] * 3, 2, 1, "do not divide over dp_size 2"),
-        ([microbatch()], 1, 3, "rows of 8 tokens do not divide over tp_size 3"),
+        ([], {}, "none"),
+        ([microbatch(), microbatch(shape=(2, 16))], {}, "one shape"),
+        ([microbatch()] * 3, {"dp_size": 2}, "over dp_size 2; pack with num_replicas = 2"),
+        (
+            [microbatch()] * 6,
+            {"dp_size": 2, "pp_size": 2, "vpp_size": 2},
+            "over dp_size 2, and over pp_size 2 in turns; pack with num_replicas = 4",
+        ),
+        ([microbatch()], {"tp_size": 3}, "rows of 8 tokens do not divide over tp_size 3"),
     ],
 )
-def test_batches_the_layout_cannot_take_are_refused(microbatches, dp_size, tp_size, complaint):
+def test_batches_the_layout_cannot_take_are_refused(microbatches, sizes, complaint):
     with pytest.raises(InputError, match=complaint):
-        batch_of(*microbatches).share(0, dp_size, tp_size)
+        batch_of(*microbatches).share(0, ParallelConfig(**sizes))

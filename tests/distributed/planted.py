@@ -1,0 +1,124 @@
+"""Faults of parallel training: each breaks one mechanism in a rank's process, silently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def norms_are_not_summed_over_tp() -> None:
+    """Sequence parallelism: every rank saw its share of the tokens only."""
+    from npr_megatron.model.norm import RMSNorm
+
+    original = RMSNorm.__init__
+
+    def init(self: RMSNorm, *args: Any, **keywords: Any) -> None:
+        original(self, *args, **keywords)
+        weight: Any = self.weight
+        weight.sequence_parallel = False
+
+    RMSNorm.__init__ = init
+
+
+def tied_embedding_is_not_summed_over_pp() -> None:
+    """First and last stage each hold a copy of a tied embedding."""
+    import sys
+
+    from megatron.core.distributed import finalize_model_grads as finalize
+
+    module: Any = sys.modules[finalize.__module__]
+    module._allreduce_word_embedding_grads = lambda *_: None
+
+
+def messages_are_batched() -> None:
+    """Interleaved chunks on two stages: batched messages change places."""
+    from npr_megatron.model import build
+
+    original = build.transformer_config
+
+    def config(*args: Any) -> Any:
+        built = original(*args)
+        built.batch_p2p_comm = True
+        return built
+
+    build.transformer_config = config
+
+
+def chunks_run_in_the_wrong_order() -> None:
+    """Interleaved chunks: two in the middle are taken for one another by the schedule."""
+    from npr_megatron.train import passes
+
+    original = passes.get_forward_backward_func
+
+    def swapped() -> Any:
+        run = original()
+
+        def schedule(*, model: list[Any], **keywords: Any) -> Any:
+            first, *middle, last = model
+            return run(model=[first, *middle[::-1], last], **keywords)
+
+        return schedule
+
+    passes.get_forward_backward_func = swapped
+
+
+def layers_of_a_stage_change_places() -> None:
+    """Uneven stages: a stage runs its layers from the last to the first."""
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    original = TransformerBlock.forward
+
+    def forward(self: Any, *args: Any, **keywords: Any) -> Any:
+        layers = self.layers
+        self.layers = type(layers)(list(layers)[::-1])
+        try:
+            return original(self, *args, **keywords)
+        finally:
+            self.layers = layers
+
+    TransformerBlock.forward = forward
+
+
+def gradients_stay_with_their_replica() -> None:
+    """Data parallelism: each replica keeps the gradient of its own microbatches."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    module: Any = buffers
+
+    def keep(output: Any, *_: Any, **__: Any) -> None:
+        del output  # a view of the input: this replica's own sum
+
+    module.dist_reduce_scatter_func = keep
+
+
+def gradients_are_divided_by_replicas() -> None:
+    """Data parallelism: DDP averages what is divided by the tokens of all replicas anyway."""
+    from npr_megatron.model import build
+
+    original = build.DistributedDataParallel
+
+    def wrapped(config: Any, *args: Any, **keywords: Any) -> Any:
+        config.calculate_per_token_loss = False
+        built = original(config, *args, **keywords)
+        config.calculate_per_token_loss = True
+        return built
+
+    build.DistributedDataParallel = wrapped
+
+
+def weights_are_read_before_they_are_gathered() -> None:
+    """Overlapped gather: after a step a rank has new values for its own shard only."""
+    from npr_megatron.train.rank import TrainerRank
+
+    TrainerRank.gather_weights = lambda self: None
+
+
+def rows_leak() -> None:
+    """Packing: a token sees the samples before its own in the row."""
+    from npr_megatron.model import attention
+
+    original = attention.dense_mask
+
+    def leaky(segment: Any, block: Any, branch: Any) -> Any:
+        return original(segment.clamp(max=0), block, branch)
+
+    attention.dense_mask = leaky
