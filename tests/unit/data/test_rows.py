@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import sys
 
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
 from npr_megatron.data.rows import Fault, Row, files_of, list_faults, read_rows
@@ -61,13 +64,16 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
         list(read_rows(tmp_path / "train.parquet"))
 
 
-def write_saved(arrow, folder, tables):
+def write_saved(folder, tables):
     """Write what ``datasets.save_to_disk`` writes."""
     folder.mkdir()
     names = [f"data-{i:05d}-of-{len(tables):05d}.arrow" for i in range(len(tables))]
     for name, table in zip(names, tables, strict=True):
         path = str(folder / name)
-        with arrow.OSFile(path, "wb") as sink, arrow.ipc.new_stream(sink, table.schema) as writer:
+        with (
+            pyarrow.OSFile(path, "wb") as sink,
+            pyarrow.ipc.new_stream(sink, table.schema) as writer,
+        ):
             writer.write_table(table)
     (folder / "state.json").write_text(
         json.dumps({"_data_files": [{"filename": name} for name in names]})
@@ -75,18 +81,15 @@ def write_saved(arrow, folder, tables):
 
 
 def test_parquet_and_saved_datasets_give_the_same_rows(tmp_path):
-    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    parquet = pytest.importorskip("pyarrow.parquet")
     nested = [{**row, "messages": [{"role": "user", "content": "hi"}]} for row in ROWS]
-    table = arrow.Table.from_pylist(nested)
-    parquet.write_table(table, tmp_path / "train.parquet", row_group_size=2)
-    write_saved(arrow, tmp_path / "saved", [table.slice(0, 3), table.slice(3)])
+    table = pyarrow.Table.from_pylist(nested)
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet", row_group_size=2)
+    write_saved(tmp_path / "saved", [table.slice(0, 3), table.slice(3)])
     for path in (tmp_path / "train.parquet", tmp_path / "saved"):
         assert list(read_rows(path)) == [Row(f"{path}[{i}]", row) for i, row in enumerate(nested)]
 
 
 def test_broken_parquet_and_saved_datasets_are_named(tmp_path):
-    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     (tmp_path / "train.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(InputError, match=r"train\.parquet cannot be read as Parquet"):
         list(read_rows(tmp_path / "train.parquet"))
