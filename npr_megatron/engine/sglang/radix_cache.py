@@ -72,9 +72,9 @@ class NprRadixCache(UnifiedRadixCache):
         if orders.join:
             self._join(req, params.key.token_ids, orders)
         result = super().match_prefix(params)
-        is_lost = result.device_prefix_len < orders.num_held
-        req.skip_radix_cache_insert = is_lost
-        req.discard_output_reason = FINISH_ABORT(KV_LOST) if is_lost else None
+        is_refused = result.device_prefix_len < orders.num_held
+        req.skip_radix_cache_insert = is_refused
+        req.discard_output_reason = _refusal(orders, len(params.key)) if is_refused else None
         return result
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
@@ -181,3 +181,18 @@ class NprRadixCache(UnifiedRadixCache):
     def _unlock_all(self, locks: Iterable[Any]) -> None:
         for lock in locks:
             self.unlock(lock)
+
+
+def _refusal(orders: Orders, num_usable: int) -> Any:
+    """Return why a stage is refused.
+
+    Args:
+        num_usable: leading tokens that SGLang may take from its cache. It computes the last one in
+            any case, and those that are scored.
+    """
+    if num_usable >= orders.num_held:
+        return FINISH_ABORT(KV_LOST)
+    return FINISH_ABORT(
+        f"a stage of {orders.trajectory} holds {orders.num_held} tokens and at most {num_usable} "
+        "can be taken from the cache; score from there on, and send a token behind them"
+    )
