@@ -7,7 +7,7 @@ is possible: forced headers ride along with sampled tokens and cost no step of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from bench_engine_models import VOCABULARY, WORDS, Subject
 from bench_engine_workload import Workload, require_equal
 from bench_figures import Figure, bests
 
+from npr_megatron.engine.events import Event
 from npr_megatron.engine.flow.flow import Teacher
 from npr_megatron.engine.interface import Engine
 from npr_megatron.records.request import GenerationRequest
@@ -55,11 +56,11 @@ def five_branch_figure(subject: Subject, step_tokens: int, repeats: int) -> Figu
     )
 
 
-def response_of(num_branches: int, step_tokens: int, spread: int) -> list[int]:
+def response_of(num_branches: int, step_tokens: int, spread: int, seed: int = 0) -> list[int]:
     """Return a response of two blocks, whose steps have ``step_tokens`` tokens of text give or take
     ``spread``.
     """
-    rng = np.random.default_rng(num_branches)
+    rng = np.random.default_rng([num_branches, seed])
 
     def text(num_tokens: int) -> tuple[int, ...]:
         return tuple(rng.choice(WORDS, num_tokens).tolist())
@@ -129,8 +130,9 @@ def add_taught(
     response: list[int],
     mode: DecodeMode,
     number: int = 0,
-) -> None:
-    """Queue a request whose answer is ``response``."""
+    listener: Callable[[Event], None] | None = None,
+) -> str:
+    """Queue a request whose answer is ``response``; return the name of its prompt."""
     request = GenerationRequest(
         prompt_id=f"taught/{number}",
         rollout=0,
@@ -140,7 +142,8 @@ def add_taught(
         max_critical_path=len(response),
         seed=number,
     )
-    engine.add(request, _teacher(prompt, response, mode))
+    engine.add(request, _teacher(prompt, response, mode), listener)
+    return request.prompt_id
 
 
 def drained(engine: Engine) -> int:
@@ -152,11 +155,20 @@ def drained(engine: Engine) -> int:
 
 
 def _teacher(prompt: tuple[int, ...], response: list[int], mode: DecodeMode) -> Teacher:
-    if mode is DecodeMode.SEQUENTIAL:
-        return lambda block, branch, index: response[index]
-    layout = layout_of([*prompt, *response], len(prompt), VOCABULARY)
+    """Dictate ``response``; asked for tokens behind a stream's end, as SGLang's stages are ahead of
+    time, say nothing.
+    """
     streams: dict[tuple[int, int], list[int]] = {}
-    labels = zip(layout.block[len(prompt) :], layout.branch[len(prompt) :], strict=True)
-    for token_id, (block, branch) in zip(response, labels, strict=True):
-        streams.setdefault((int(block), int(branch)), []).append(token_id)
-    return lambda block, branch, index: streams[block, branch][index]
+    if mode is DecodeMode.SEQUENTIAL:
+        streams[0, 0] = response
+    else:
+        layout = layout_of([*prompt, *response], len(prompt), VOCABULARY)
+        labels = zip(layout.block[len(prompt) :], layout.branch[len(prompt) :], strict=True)
+        for token_id, (block, branch) in zip(response, labels, strict=True):
+            streams.setdefault((int(block), int(branch)), []).append(token_id)
+
+    def teach(block: int, branch: int, index: int) -> int | None:
+        stream = streams.get((block, branch), [])
+        return stream[index] if index < len(stream) else None
+
+    return teach

@@ -1,5 +1,4 @@
-"""SGLang as the other engine of tools/bench_engine.py: processes of their own, frozen while not
-measured.
+"""SGLang as the other engine of tools/bench_engine.py.
 
 Stock sequential decoding by SGLang: ids in and out, continuous batching, radix cache, one computing
 thread on a core of its own. tools/setup_sglang installs it.
@@ -8,18 +7,15 @@ thread on a core of its own. tools/setup_sglang installs it.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
-import psutil
 from bench_engine_workload import Workload
+from bench_processes import FrozenProcess
 
 _WORKER = Path(__file__).with_name("sglang_worker.py")
+STOCK = {"SGLANG_PLUGINS": "npr_torch_cpu"}
+"""Variables under which SGLang is as its authors made it, but for the platform that CPUs need."""
 
 
 class Taken(NamedTuple):
@@ -30,7 +26,7 @@ class Taken(NamedTuple):
     """Of the process that computes."""
 
 
-class SglangServer:
+class SglangServer(FrozenProcess):
     """A running SGLang; close it by leaving its context.
 
     Args:
@@ -55,74 +51,19 @@ class SglangServer:
             "log_level": "error",
             "random_seed": 0,
         }
-        answers, other_end = os.pipe()
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed on exit)
-        self._process = subprocess.Popen(
-            [sys.executable, str(_WORKER), json.dumps(options), str(other_end)],
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=self._log,
-            text=True,
-            env=os.environ | {"SGLANG_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1"},
-            pass_fds=[other_end],
-        )
-        os.close(other_end)
-        self._answers = os.fdopen(answers)
-        self._answer()
+        threads = {"SGLANG_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1"}
+        super().__init__(_WORKER, [json.dumps(options)], STOCK | threads)
+        self.wait()
         (self._computing,) = (
-            process for process in self._processes() if "scheduler" in process.cmdline()[0]
+            process for process in self.processes() if "scheduler" in process.cmdline()[0]
         )
-        self._freeze()
 
     def serve(self, workload: Workload) -> Taken:
         """Return what it took to sample every response."""
-        self._thaw()
         before = self._cpu_s()
-        requests = list(zip(workload.prompts, workload.lengths, strict=True))
-        stdin = self._process.stdin
-        assert stdin is not None
-        stdin.write(json.dumps(requests) + "\n")
-        stdin.flush()
-        wall_s = float(self._answer())
-        cpu_s = self._cpu_s() - before
-        self._freeze()
-        return Taken(wall_s, cpu_s)
-
-    def __enter__(self) -> SglangServer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for process in self._processes():
-            process.kill()
-        self._process.wait()
-        self._answers.close()
-        self._log.close()
-
-    def _answer(self) -> str:
-        line = self._answers.readline()
-        if not line:
-            self._log.seek(0)
-            raise SystemExit(f"SGLang ended:\n{self._log.read()[-4000:]}")
-        return line
-
-    def _processes(self) -> list[psutil.Process]:
-        worker = psutil.Process(self._process.pid)
-        return [worker, *worker.children(recursive=True)]
+        wall_s = self.ask(list(zip(workload.prompts, workload.lengths, strict=True)))
+        return Taken(wall_s, self._cpu_s() - before)
 
     def _cpu_s(self) -> float:
         times = self._computing.cpu_times()
         return times.user + times.system
-
-    def _freeze(self) -> None:
-        """Its scheduler asks for work all the time, which would disturb who is measured next."""
-        for process in self._processes():
-            process.suspend()
-
-    def _thaw(self) -> None:
-        for process in self._processes():
-            process.resume()

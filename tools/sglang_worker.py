@@ -2,7 +2,7 @@
 
 Its argument is a JSON object of engine options. Each line that comes in is a JSON list of
 [prompt ids, number of tokens]; each line that goes out is the number of seconds they took, the
-first an empty line when the engine is ready.
+first one 0 when the engine is ready.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> None:
     """Serve until the input ends."""
     engine = sglang.Engine(**json.loads(sys.argv[1]))
     answers = os.fdopen(int(sys.argv[2]), "w")
-    print(file=answers, flush=True)
+    print(0, file=answers, flush=True)
     for line in sys.stdin:
         prompts, lengths = zip(*json.loads(line), strict=True)
         sampling = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,32 @@ def test_the_benchmark_of_the_engine_measures_every_promise():
     assert judged == promises
     assert all(figure["value"] >= 0 for figure in figures)
     assert {figure["verdict"] for figure in figures} <= {"PASS", "MISS", ""}
+
+
+def sglang_figures(*options: str) -> dict[str, dict[str, dict]]:
+    """Return the figures of the benchmark of branches on SGLang, by measure and side."""
+    command = [sys.executable, str(ROOT / "tools/bench_sglang.py"), "--json", "--quick", *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stderr
+    figures: dict[str, dict[str, dict]] = {}
+    for figure in json.loads(result.stdout):
+        figures.setdefault(figure["measure"], {})[figure["side"]] = figure
+    return figures
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("sglang") is None, reason="SGLang is not installed")
+def test_native_branches_are_compared_with_textual_joins_and_compute_less():
+    figures = sglang_figures("--repeats", "1")
+    measures = ["tokens/s", "prefix hits", "computed per token", "latency alone", "join"]
+    assert [measure.split(",")[0] for measure in figures] == measures
+    for sides in figures.values():
+        assert list(sides) == ["stock", "stock with log-probs", "npr", "embedded"]
+        assert all(figure["value"] > 0 for figure in sides.values())
+        assert sides["stock"]["ratio"] == 1.0
+    # A textual join computes branches again; these two are counts, whatever the machine does.
+    assert figures["computed per token, 2 in flight"]["npr"]["ratio"] < 1.0
+    assert figures["prefix hits, 2 in flight"]["npr"]["ratio"] > 1.0
 
 
 WITHOUT_SGLANG_INSTALLED = """

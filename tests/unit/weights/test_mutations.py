@@ -62,7 +62,7 @@ def planned(topology: Topology, seed: int) -> Case:
 
 
 random_cases = settings(
-    max_examples=70,
+    max_examples=90,
     deadline=None,
     derandomize=True,
     database=None,

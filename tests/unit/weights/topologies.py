@@ -21,8 +21,13 @@ from npr_megatron.config.training import ParallelConfig
 from npr_megatron.weights.layouts import EngineKind, engine_layout, trainer_layout
 from npr_megatron.weights.tiles import Layout
 
-_MOST_RANKS = 12
+_MOST_RANKS = 8
 """Of a trainer, where the degrees that a kind asks for do not need more."""
+_MOST_IN_STAGE = 16
+"""Ranks of a stage with experts, where tp and ep do not need more."""
+_MOST_EXPERTS = 12
+"""Degrees of 3 and 4 meet in twelve. More experts, ranks and layers cost time and show nothing new.
+"""
 Split = Literal["even", "interleaved", "uneven", "string"]
 
 
@@ -166,7 +171,7 @@ def _interleaved(draw: st.DrawFn, pp: int) -> dict[str, Any]:
         "vpp_size": vpp,
         "account_for_embedding_in_pipeline_split": embedding,
         "account_for_loss_in_pipeline_split": loss,
-        "num_layers": pp * vpp * draw(st.integers(1, 2)) - embedding - loss,
+        "num_layers": pp * vpp * draw(st.integers(1, 2 if pp * vpp <= 6 else 1)) - embedding - loss,
     }
 
 
@@ -218,11 +223,13 @@ class _Spread:
 
 
 def _expert_degrees(draw: st.DrawFn, tp: int, engine_tp: int) -> _Spread:
-    ep = draw(st.sampled_from([2, 2, 3, 4]))
-    etp = draw(st.sampled_from([2, 3] if tp == 1 else [None, 1, 2]))
+    ep = draw(st.sampled_from([2, 2, 3, 4] if tp <= 4 else [2]))
+    etps = [2, 3] if tp == 1 else [None, 1, 2]
+    etp = draw(st.sampled_from([e for e in etps if math.lcm(tp, ep * (e or tp)) <= _MOST_IN_STAGE]))
     cut = etp or tp
     divisors = [size for size in range(1, engine_tp + 1) if engine_tp % size == 0]
-    engine_ep = draw(st.sampled_from(divisors))
+    few = [size for size in divisors if math.lcm(ep, size) <= _MOST_EXPERTS]
+    engine_ep = draw(st.sampled_from(few))
     least_dp = ep * cut // math.gcd(ep * cut, tp)
     return _Spread(ep, etp, least_dp, engine_ep, math.lcm(cut, engine_tp))
 
@@ -232,8 +239,9 @@ def _experts(
 ) -> MoeConfig:
     inner = spread.cuts * draw(st.integers(1, 2))
     is_glm = family == "glm4_moe"
+    least = math.lcm(spread.ep, spread.engine_ep)
     return MoeConfig(
-        num_experts=math.lcm(spread.ep, spread.engine_ep) * draw(st.integers(1, 2)),
+        num_experts=least * draw(st.integers(1, min(2, _MOST_EXPERTS // least))),
         num_experts_per_tok=1,
         moe_intermediate_size=inner,
         num_dense_layers=draw(st.integers(int(is_glm), max(1, num_layers - 1))),
