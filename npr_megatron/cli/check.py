@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
+
+import typer
 
 from npr_megatron.cli.options import Json, Overrides, RunFile, load_checked
 from npr_megatron.config.run import RunConfig
+from npr_megatron.config.sft import SftConfig
 
 
 def check(run_file: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
@@ -28,11 +32,16 @@ def check(run_file: RunFile, overrides: Overrides = None, as_json: Json = False)
         print(f"{run_file}: no problem found")
 
 
-def schema() -> None:
+def schema(
+    sft: Annotated[bool, typer.Option("--sft", help="Of the run files of npr sft.")] = False,
+) -> None:
     """Print the JSON Schema of run files, for editors that complete and check TOML.
 
-    Example:
+    Examples:
 
       npr schema > run.schema.json
+
+      npr schema --sft > sft.schema.json
     """
-    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+    section = SftConfig if sft else RunConfig
+    print(json.dumps(section.model_json_schema(), indent=2))

@@ -54,6 +54,7 @@ class SftRun:
         self._config, self._model, self._place, self._view = config, model, place, view
         self._folder = RunFolder.of(config)
         self._checkpoints = self._folder.path / "checkpoints"
+        self._random = self._folder.path / "random"
         self._peak: float | None = None
 
     @property
@@ -112,7 +113,10 @@ class SftRun:
         self._view.end_stage()
         trainer.export_hf(self.exported, self._tokenizer_folder)
         if self._place.rank == 0:
-            shutil.rmtree(self._checkpoints, ignore_errors=True)
+            for passing in (self._checkpoints, self._random):
+                shutil.rmtree(passing, ignore_errors=True)
+        self._view.note(f"curves: npr report {self._folder.path}")
+        self._view.note(f"try it: npr generate {self.exported} PROMPT")
 
     @property
     def _tokenizer_folder(self) -> Path:
@@ -139,9 +143,7 @@ class SftRun:
             show_data(config, data, tokenizer, folder.path / "first-rows.html", self._view)
         if config.model.path is not None:
             return Path(config.model.path)
-        return random_model(
-            folder.path / "random", config.model, config.run.seed, self._tokenizer_folder
-        )
+        return random_model(self._random, config.model, config.run.seed, self._tokenizer_folder)
 
     def _start(
         self, trainer: TrainerRank, first_rank: FirstRank, batches: SftBatches, initial: Path

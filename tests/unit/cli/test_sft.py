@@ -94,3 +94,10 @@ def test_a_tokenizer_or_model_that_does_not_fit_is_refused(npr, run_file):
     ended = npr("sft", str(run_file), "--dry-run", "model.architecture.vocab_size=50")
     assert ended.code == 2
     assert "the tokenizer has 56 tokens and the model 50 embedding rows" in ended.err
+
+
+def test_editors_can_ask_for_the_schema_of_these_run_files(npr):
+    schema = json.loads(npr("schema", "--sft").out)
+    assert set(schema["properties"]) == {"run", "model", "data", "parallel", "trainer", "sft"}
+    described = schema["$defs"]["DataSection"]["properties"]
+    assert all("description" in field for field in described.values())
