@@ -28,7 +28,6 @@ from npr_megatron.engine.events import Event
 from npr_megatron.engine.flow.flow import Flow, Teacher
 from npr_megatron.engine.intake import refusals
 from npr_megatron.engine.interface import Engine
-from npr_megatron.engine.sglang import controls
 from npr_megatron.engine.sglang.conductor import Conductor
 from npr_megatron.engine.sglang.jobs import Era, FlowJob, ScoreJob
 from npr_megatron.engine.sglang.options import (
@@ -42,12 +41,12 @@ from npr_megatron.engine.sglang.reservations import (
     room_problems,
     slots_of,
     usable_slots,
-    worst_case,
 )
-from npr_megatron.engine.sglang.rows import Run, recorded_runs
 from npr_megatron.engine.sglang.server import Server
 from npr_megatron.engine.sglang.stage import StageResult
+from npr_megatron.engine.sglang.stages import draw_problems
 from npr_megatron.engine.sglang.stops import Stops
+from npr_megatron.engine.sglang.switch import Switch
 from npr_megatron.engine.sglang.thread import LoopThread, Mailbox
 from npr_megatron.engine.stats import EngineStats
 from npr_megatron.errors import (
@@ -58,7 +57,7 @@ from npr_megatron.errors import (
     StaleWeightsError,
 )
 from npr_megatron.records.request import GenerationRequest
-from npr_megatron.records.trajectory import DecodeMode, FinishReason, FloatArray, Trajectory
+from npr_megatron.records.trajectory import FinishReason, FloatArray, Trajectory
 from npr_megatron.schema.grammar import Grammar
 from npr_megatron.schema.tags import Vocabulary
 
@@ -107,6 +106,8 @@ class SglangEngine(Engine):
         self._num_jobs = 0
         self._num_answers = 0
         self._mailbox = Mailbox()
+        self._waiting: set[asyncio.Task[Any]] = set()
+        """What callers wait for in the loop's thread."""
         self._is_closed = False
         self._folder = Path(tempfile.mkdtemp(prefix="npr-sglang-"))
         self._thread = LoopThread("sglang")
@@ -117,11 +118,20 @@ class SglangEngine(Engine):
             server_environment(config, device, usable_cores(), os.environ),
             self._folder / "sglang.log",
             self._take,
-            self._mailbox.fail,
+            self._fail,
         )
         num_ranks = options.get("dp_size", 1)
         self._conductor = Conductor(config, usable_slots(config), num_ranks, self._server)
         self._weights = PushedWeights(model, config, self._beside)
+        self._switch = Switch(
+            config.kv_after_push,
+            self._weights,
+            self._conductor,
+            self._era,
+            run=lambda coroutine: self._thread.run(self._unless_lost(coroutine)),
+            beside=self._beside,
+            unfinished=lambda: [job for job in self._jobs.values() if not job.is_done],
+        )
         try:
             self._thread.run(self._server.start(config.sglang.start_timeout_s))
             self._weights.require_layout()
@@ -144,15 +154,7 @@ class SglangEngine(Engine):
     def problems(self, request: GenerationRequest) -> list[str]:
         """Return one sentence for each reason why ``add`` would refuse ``request``."""
         problems = refusals(request, self._model, self._config, self.unfinished)
-        if problems:
-            return problems
-        problems = [
-            f"request {request.request_id}: {name} is {getattr(request, name)} and the SGLang "
-            "backend samples without penalties; leave it at 1.0 or use the embedded backend"
-            for name in ("repetition_penalty", "step_repetition_penalty")
-            if getattr(request, name) != 1.0
-        ]
-        return problems + room_problems(request, self._config)
+        return problems or draw_problems(request) + room_problems(request, self._config)
 
     def add(
         self,
@@ -160,12 +162,8 @@ class SglangEngine(Engine):
         teacher: Teacher | None = None,
         listener: Callable[[Event], None] | None = None,
     ) -> None:
-        """Queue a request; see :meth:`Engine.add`.
-
-        A teacher is asked ahead of time: for every token that a stage may sample.
-
-        Raises:
-            InputError: the request can never be served; lists every reason.
+        """Queue a request; see :meth:`Engine.add`. A teacher is asked ahead of time: for every token
+        that a stage may sample.
         """
         self._mailbox.require_sound()
         if problems := self.problems(request):
@@ -212,28 +210,18 @@ class SglangEngine(Engine):
         return ended
 
     def abort(self, request_id: str) -> None:
-        """End a request; a later ``step`` returns what it has generated, finished as ABORTED.
-
-        Raises:
-            InputError: no unfinished request has this id.
-        """
+        """End a request; see :meth:`Engine.abort`."""
         job = self._job(request_id, "aborted")
         self._thread.ask(lambda: self._end(job, FinishReason.ABORTED))
 
     def preempt(self, request_id: str) -> None:
-        """Take the memory of a running request; its tokens stay, and it goes on when there is room.
-
-        Raises:
-            InputError: no unfinished request has this id.
-        """
+        """Take the memory of a running request; see :meth:`Engine.preempt`."""
         job = self._job(request_id, "preempted")
         self._thread.ask(lambda: None if job.is_done else self._conductor.preempt(job))
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """Return, per trajectory, [T] fp32 log-probs under the live weights.
-
-        Positions and branches are those recorded; 0.0 on the prompt and where nothing predicts a
-        token.
+        """Return, per trajectory, [T] fp32 log-probs under the live weights; see
+        :meth:`Engine.score`.
 
         Raises:
             StaleWeightsError: no weights were loaded.
@@ -241,40 +229,18 @@ class SglangEngine(Engine):
                 was scored.
         """
         self._require_weights()
-        runs = [recorded_runs(trajectory) for trajectory in trajectories]
-        sizes = [self._score_slots(trajectory) for trajectory in trajectories]
-        return self._thread.run(self._score(trajectories, runs, sizes))
-
-    def _score_slots(self, trajectory: Trajectory) -> int:
-        mode = DecodeMode.PARALLEL if trajectory.num_blocks else DecodeMode.SEQUENTIAL
-        num_plans = int(trajectory.branch.max(initial=0))
-        needed = worst_case(trajectory.prompt_length, trajectory.num_tokens, mode, num_plans)
-        if needed > usable_slots(self._config):
-            raise InputError(
-                f"trajectory {trajectory.prompt_id}#{trajectory.rollout} of "
-                f"{len(trajectory.token_ids)} tokens was to be scored and may take {needed} KV "
-                f"slots, SGLang's pool has {usable_slots(self._config)}; raise engine.num_kv_slots"
-            )
-        return needed
-
-    async def _score(
-        self, trajectories: Sequence[Trajectory], runs: Sequence[list[Run]], sizes: Sequence[int]
-    ) -> list[FloatArray]:
-        results: list[asyncio.Future[FloatArray]] = []
-        for trajectory, its_runs, num_slots in zip(trajectories, runs, sizes, strict=True):
+        jobs: list[ScoreJob] = []
+        for trajectory in trajectories:
             self._num_jobs += 1
-            result = asyncio.get_running_loop().create_future()
-            job = ScoreJob(
-                trajectory,
-                its_runs,
-                self._conductor,
-                age=self._num_jobs,
-                num_slots=num_slots,
-                done=result.set_result,
-            )
-            results.append(result)
+            jobs.append(ScoreJob(trajectory, self._conductor, self._config, age=self._num_jobs))
+        self._thread.run(self._unless_lost(self._score(jobs)))
+        return [job.logprobs for job in jobs]
+
+    async def _score(self, jobs: Sequence[ScoreJob]) -> None:
+        for job in jobs:
             self._conductor.enter(job)
-        return list(await asyncio.gather(*results))
+        for job in jobs:
+            await job.done.wait()
 
     # State
 
@@ -295,15 +261,17 @@ class SglangEngine(Engine):
             num_cached_prompt_tokens=counts.cached_prompt_tokens,
         )
 
+    @property
+    def host_pid(self) -> int:
+        """Process id of the one in which SGLang lives; its children do the work."""
+        return self._server.pid
+
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` unless all room is free or reserved for those that run, and
-        SGLang's pool holds nothing for anybody else.
+        """Raise ``AssertionError`` unless all room is free, or reserved for trajectories that run
+        or whose leases are about to end. SGLang checks its pool itself, whenever it is idle.
         """
         self._mailbox.require_sound()
-        self._thread.run(self._check_integrity())
-
-    async def _check_integrity(self) -> None:
-        self._conductor.check_integrity()
+        self._thread.ask(self._conductor.check_integrity)
 
     def close(self) -> None:
         """End SGLang and all its processes; safe to call twice."""
@@ -329,20 +297,19 @@ class SglangEngine(Engine):
         return self._weights.version
 
     def load(self, weights: Mapping[str, Tensor], version: int = 0) -> None:
-        """Replace all weights at once; trajectories go on as after :meth:`commit`.
+        """Replace all weights at once; see :meth:`Engine.load`.
 
         Raises:
             LayoutError: a storage is missing, unknown or of another shape; nothing was replaced.
             DivergenceError: a storage holds NaN or infinity; nothing was replaced.
+            EnvironmentFault: SGLang did not take them; the engine is of no use any more.
         """
         self._mailbox.require_sound()
         self._weights.stage(weights)
         self._take_over(version)
 
     def staging(self) -> dict[str, Tensor]:
-        """Return the shadow storages: same names and shapes as ``weights``, filled by the caller
-        while decoding goes on.
-        """
+        """Return the shadow storages, to be filled by the caller while decoding goes on."""
         return self._weights.staging()
 
     def seal(self) -> None:
@@ -354,10 +321,7 @@ class SglangEngine(Engine):
         self._weights.seal()
 
     def commit(self, version: int) -> None:
-        """Make the staged weights live and stamp later tokens with ``version``.
-
-        Unfinished trajectories go on as ``EngineConfig.kv_after_push`` says; see
-        :meth:`Engine.commit`.
+        """Make the staged weights live; see :meth:`Engine.commit`.
 
         Raises:
             StaleWeightsError: nothing was staged, or ``version`` is not newer than the live one.
@@ -373,51 +337,16 @@ class SglangEngine(Engine):
         self._take_over(version)
 
     def _take_over(self, version: int) -> None:
-        """Serve what is staged; carry over the trajectories under way."""
         self._weights.prepare(version)  # raises before anything is given up
-        switch = self._switch_beneath if self._config.kv_after_push == "keep" else self._switch
         try:
-            switch(version)
+            self._switch.to(version)
         except NprError as error:
-            self._mailbox.fail(error)
+            self._mailbox.fail(error)  # ranks may hold a mixture
             raise
-
-    def _switch(self, version: int) -> None:
-        """Give up what is under way; go on from prompts, or from the tokens there are."""
-        self._thread.run(self._conductor.halt())
-        self._weights.commit(version, keeps_cache=False)
-
-        def go_on() -> None:
-            self._era.version = version
-            for job in self._unfinished_jobs():
-                if self._config.kv_after_push == "drop":
-                    job.start_again()
-                job.look()
-            self._conductor.resume()
-
-        self._thread.ask(go_on)
-
-    def _switch_beneath(self, version: int) -> None:
-        """Replace the weights beneath the stages under way; their keys and values stay."""
-        self._thread.ask(self._conductor.hold)
-        self._beside(controls.pause)
-        self._weights.commit(version, keeps_cache=True)
-
-        def go_on() -> None:
-            self._era.version = version
-            for job in self._unfinished_jobs():
-                job.enter(version)
-            self._conductor.let_go()
-
-        self._thread.ask(go_on)
-        self._beside(controls.go_on)
 
     def _beside(self, function: Callable[..., Coroutine[Any, Any, T]], *arguments: object) -> T:
         """Run a coroutine function beside SGLang's tokenizer manager."""
         return self._thread.run(self._server.call(function, *arguments))
-
-    def _unfinished_jobs(self) -> list[FlowJob]:
-        return [job for job in self._jobs.values() if not job.is_done]
 
     def _require_weights(self) -> None:
         self._mailbox.require_sound()
@@ -429,12 +358,30 @@ class SglangEngine(Engine):
 
     # In the loop's thread
 
+    async def _unless_lost(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Return what ``coroutine`` returns; raise what makes the engine useless meanwhile."""
+        task = asyncio.ensure_future(coroutine)
+        self._waiting.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            self._mailbox.require_sound()
+            raise
+        finally:
+            self._waiting.discard(task)
+
+    def _fail(self, error: Exception) -> None:
+        """Raise ``error`` to whoever waits, and to every later caller."""
+        self._mailbox.fail(error)
+        for task in self._waiting:
+            task.cancel()
+
     def _take(self, number: int, answer: StageResult) -> None:
         self._num_answers += 1
         try:
             self._conductor.take(number, answer)
         except Exception as error:  # noqa: BLE001 - kept, and raised to every later caller
-            self._mailbox.fail(error)
+            self._fail(error)
 
     def _end(self, job: FlowJob, reason: FinishReason) -> None:
         if not job.is_done:

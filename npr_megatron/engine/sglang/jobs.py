@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from npr_megatron.config.engine import EngineConfig
 from npr_megatron.engine.events import Event, Watcher
 from npr_megatron.engine.flow.flow import Flow
 from npr_megatron.engine.sglang.driver import Desk, Driver
-from npr_megatron.engine.sglang.rows import Run
+from npr_megatron.engine.sglang.reservations import scoring_slots
+from npr_megatron.engine.sglang.rows import recorded_runs
 from npr_megatron.engine.sglang.scorer import Scorer
 from npr_megatron.engine.sglang.stops import Stops
 from npr_megatron.engine.sglang.thread import News
@@ -149,27 +151,27 @@ class FlowJob:
 class ScoreJob:
     """A finished trajectory that is scored.
 
-    Args:
-        done: called with the log-probs.
+    Raises:
+        InputError: it does not fit the pool, or is not laid out canonically.
     """
 
     def __init__(
-        self,
-        trajectory: Trajectory,
-        runs: list[Run],
-        desk: Desk,
-        *,
-        age: int,
-        num_slots: int,
-        done: Callable[[FloatArray], None],
+        self, trajectory: Trajectory, desk: Desk, config: EngineConfig, *, age: int
     ) -> None:
         self.age = age
-        self.num_slots = num_slots
+        self.num_slots = scoring_slots(trajectory, config)
+        self.done = asyncio.Event()
+        """Set when every token is scored."""
         self._trajectory = trajectory
-        self._runs = runs
+        self._runs = recorded_runs(trajectory)
         self._desk = desk
-        self._done = done
         self._scorer: Scorer | None = None
+
+    @property
+    def logprobs(self) -> FloatArray:
+        """[T] when it is done."""
+        assert self._scorer is not None, "asked for when it is done"
+        return self._scorer.logprobs
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -202,6 +204,6 @@ class ScoreJob:
         return self._scorer
 
     def look(self) -> None:
-        """Hand over the log-probs if they are all there."""
-        if self._scorer is not None and self._scorer.is_done:
-            self._done(self._scorer.logprobs)
+        """Tell if all is scored."""
+        if self.is_done:
+            self.done.set()

@@ -22,8 +22,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from npr_megatron.config.engine import EngineConfig
+from npr_megatron.errors import InputError
 from npr_megatron.records.request import GenerationRequest
-from npr_megatron.records.trajectory import DecodeMode
+from npr_megatron.records.trajectory import DecodeMode, Trajectory
 
 _POOL_SLACK = 8
 """Slots that SGLang keeps to itself: the one for padding, and the end of the longest row."""
@@ -72,6 +73,24 @@ def room_problems(request: GenerationRequest, config: EngineConfig) -> list[str]
         f"{request.max_new_tokens} may take {needed} KV slots of SGLang's pool (a join holds "
         f"branches twice), it has {usable}; raise engine.num_kv_slots or lower max_new_tokens"
     ]
+
+
+def scoring_slots(trajectory: Trajectory, config: EngineConfig) -> int:
+    """Return the slots to reserve for scoring ``trajectory``.
+
+    Raises:
+        InputError: the pool has not that many.
+    """
+    mode = DecodeMode.PARALLEL if trajectory.num_blocks else DecodeMode.SEQUENTIAL
+    num_plans = int(trajectory.branch.max(initial=0))
+    needed = worst_case(trajectory.prompt_length, trajectory.num_tokens, mode, num_plans)
+    if needed > usable_slots(config):
+        raise InputError(
+            f"trajectory {trajectory.prompt_id}#{trajectory.rollout} of "
+            f"{len(trajectory.token_ids)} tokens was to be scored and may take {needed} KV slots "
+            f"of SGLang's pool, it has {usable_slots(config)}; raise engine.num_kv_slots"
+        )
+    return needed
 
 
 @dataclass(slots=True, eq=False)

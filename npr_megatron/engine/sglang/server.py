@@ -63,7 +63,8 @@ class Server:
         fail: Callable[[EnvironmentFault], None],
     ) -> None:
         self._options = dict(options)
-        self._environment = {**os.environ, **environment}
+        # What SGLang imports warns by the page, and the last lines are to say why it has ended.
+        self._environment = {**os.environ, "PYTHONWARNINGS": "ignore", **environment}
         self._log = log
         self._take = take
         self._fail = fail

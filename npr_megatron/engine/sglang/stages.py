@@ -11,7 +11,18 @@ from npr_megatron.engine.sglang.rows import Row, runs_of
 from npr_megatron.engine.sglang.stage import UNTAUGHT, Budget, Draw, Stage
 from npr_megatron.engine.sglang.stops import Stops
 from npr_megatron.records.randomness import branch_key
+from npr_megatron.records.request import GenerationRequest
 from npr_megatron.schema.tags import Vocabulary
+
+
+def draw_problems(request: GenerationRequest) -> list[str]:
+    """Return one sentence for each wish about the draw that no stage can carry out."""
+    return [
+        f"request {request.request_id}: {name} is {getattr(request, name)} and the SGLang backend "
+        "samples without penalties; leave it at 1.0 or use the embedded backend"
+        for name in ("repetition_penalty", "step_repetition_penalty")
+        if getattr(request, name) != 1.0
+    ]
 
 
 def trunk_row(flow: Flow) -> Row:

@@ -14,11 +14,10 @@ from npr_megatron.engine.flow.flow import Flow, Teacher
 from npr_megatron.engine.sglang.conductor import Conductor
 from npr_megatron.engine.sglang.jobs import Era, FlowJob, ScoreJob
 from npr_megatron.engine.sglang.reservations import slots_of, usable_slots
-from npr_megatron.engine.sglang.rows import recorded_runs
 from npr_megatron.engine.sglang.stops import Stops
 from npr_megatron.engine.sglang.thread import News
 from npr_megatron.records.request import GenerationRequest, RefusalPolicy
-from npr_megatron.records.trajectory import DecodeMode, FinishReason, FloatArray, Trajectory
+from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
 from npr_megatron.schema.grammar import Grammar
 from tests.engines import request_for, skeleton_of
 from tests.listeners import STREAMS, Replay
@@ -185,20 +184,15 @@ def test_scores_are_those_of_the_record(seed):
     for request, teacher in tasks(seed, 3):
         stand.add(request, teacher)
     stand.drain()
-    results: dict[int, FloatArray] = {}
-    for index, trajectory in stand.ended.items():
-        job = ScoreJob(
-            trajectory,
-            recorded_runs(trajectory),
-            stand.conductor,
-            age=100 + index,
-            num_slots=500,
-            done=lambda logprobs, index=index: results.update({index: logprobs}),
-        )
+    jobs = {
+        index: ScoreJob(trajectory, stand.conductor, stand.config, age=100 + index)
+        for index, trajectory in stand.ended.items()
+    }
+    for job in jobs.values():
         stand.conductor.enter(job)
     stand.drain()
     for index, trajectory in stand.ended.items():
-        np.testing.assert_array_equal(results[index], scored(trajectory).logprobs)
+        np.testing.assert_array_equal(jobs[index].logprobs, scored(trajectory).logprobs)
 
 
 def test_losses_do_occur_in_these_tests():
