@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.absence import absence_of_sglang
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_SGLANG = ("parallel", "hf", "group", "overhead", "history", "device")
@@ -68,7 +69,7 @@ def sglang_figures(*options: str) -> dict[str, dict[str, dict]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("sglang") is None, reason="SGLang is not installed")
+@pytest.mark.skipif(absence_of_sglang() != "", reason=absence_of_sglang())
 def test_native_branches_are_compared_with_textual_joins_and_compute_less():
     figures = sglang_figures("--repeats", "1")
     measures = ["tokens/s", "prefix hits", "computed per token", "latency alone", "join"]

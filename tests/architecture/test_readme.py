@@ -25,6 +25,7 @@ TOP_LEVEL = {
 RUN_ELSEWHERE = {
     "bash tools/quickstart": "tests/end_to_end/test_runs.py",
     "bash tools/test": ".ci/run",
+    "bash tools/setup_sglang": "tools/test",
     "bash tools/check": "tests/architecture/test_tools.py",
     ".venv/bin/npr pipeline examples/quickstart/run.toml --seed 1": "tests/end_to_end/test_runs.py",
     ".venv/bin/npr report runs/quickstart-seed0": "tests/unit/cli/test_commands.py",

@@ -15,12 +15,10 @@ from safetensors.torch import load_file
 from npr_megatron.weights.checkpoints.hf import write_hf
 from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
+from tests.absence import absence_of_sglang
 from tests.parity.test_export_hf import MODELS, random_tensors
 
-linear = pytest.importorskip(
-    "sglang.srt.layers.linear", reason="SGLang is not installed: its loaders were not compared"
-)
-
+linear = pytest.importorskip("sglang.srt.layers.linear", reason=absence_of_sglang())
 pytestmark = pytest.mark.filterwarnings("ignore:Only CUDA, .* support:UserWarning")
 
 
