@@ -1,0 +1,221 @@
+"""Weights reach the parameters of a real SGLang by every way in, over one rank and over two.
+
+What the ranks hold is compared by SGLang's own checksums with parts that are cut by tiles, not by
+the plan under which they were pushed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.training import ParallelConfig
+from npr_megatron.engine.sglang import controls
+from npr_megatron.engine.sglang.broadcast import Broadcaster, Meeting, digest_of
+from npr_megatron.engine.sglang.options import (
+    server_environment,
+    server_options,
+    usable_cores,
+    write_model_folder,
+)
+from npr_megatron.engine.sglang.pushed_weights import PushedWeights
+from npr_megatron.engine.sglang.server import Server
+from npr_megatron.engine.sglang.thread import LoopThread
+from npr_megatron.errors import EngineLost, EnvironmentFault, LayoutError, StaleWeightsError
+from npr_megatron.weights.checkpoints.hf import write_hf
+from npr_megatron.weights.executors.shared_memory import Publisher
+from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.publication import Publication
+from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
+from tests.parity.test_export_hf import random_tensors
+from tests.sglang import beside
+
+MODEL = ModelConfig(
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,  # SGLang would pad it to 64 on a CPU
+    vocab_size=128,  # whole at two ranks: padding would be SGLang's own garbage
+    tie_word_embeddings=False,
+    max_position_embeddings=512,
+)
+PROMPT = [3, 4, 5]
+
+
+class Engine:
+    """SGLang without our scheduling: a server, and the weights in it."""
+
+    def __init__(self, tp_size: int, folder: Path) -> None:
+        config = EngineConfig(backend="sglang", tp_size=tp_size, num_kv_slots=1024, max_streams=8)
+        write_model_folder(MODEL, config, folder)
+        environment = server_environment(config, "cpu", usable_cores(), os.environ)
+        self.tp_size = tp_size
+        self.thread = LoopThread("sglang")
+        self.server = Server(
+            server_options(MODEL, config, "cpu", folder),
+            environment,
+            folder / "sglang.log",
+            take=lambda number, result: None,
+            fail=lambda fault: None,
+        )
+        self.weights = PushedWeights(MODEL, config, self.run)
+        self.thread.run(self.server.start(config.sglang.start_timeout_s))
+
+    def run(self, function, *arguments):
+        return self.thread.run(self.server.call(function, *arguments))
+
+    def assert_holds(self, tensors) -> None:
+        """Compare ranks and host with whole parameters."""
+        parts = list(cut(self.tp_size, tensors))
+        expected = self.run(beside.checksums_of, parts)
+        for found, rank in zip(self.run(beside.checksums), expected, strict=True):
+            assert rank.items() <= found.items()
+        (host,) = cut(1, tensors)
+        for name, storage in self.weights.served.items():
+            assert torch.equal(storage, host[name]), name
+
+    def close(self) -> None:
+        self.thread.run(self.server.close())
+        self.thread.close()
+        self.weights.close()
+
+
+def cut(tp_size: int, tensors) -> Iterator[dict[str, torch.Tensor]]:
+    for rank in engine_layout(MODEL, tp_size, engine="sglang").ranks:
+        storages = empty_storages(rank, torch.float32)
+        load_tiles(rank, box_reader(tensors), storages)
+        yield storages
+
+
+def tensors_of(version: int) -> dict[str, torch.Tensor]:
+    return {name: tensor + 0.01 * version for name, tensor in random_tensors(MODEL).items()}
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def engine(request, tmp_path_factory) -> Iterator[Engine]:
+    engine = Engine(request.param, tmp_path_factory.mktemp("model"))
+    yield engine
+    engine.close()
+
+
+def commit(engine: Engine, version: int, *, keeps_cache: bool = False) -> None:
+    (host,) = cut(1, tensors_of(version))
+    engine.weights.stage(host)
+    engine.weights.commit(version, keeps_cache=keeps_cache)
+
+
+def test_sglang_holds_the_model_as_our_layout_declares(engine):
+    engine.weights.require_layout()
+
+
+def test_the_shadow_reaches_every_rank(engine):
+    for version in (1, 2):
+        commit(engine, version)
+        engine.assert_holds(tensors_of(version))
+    assert engine.run(beside.spans, PROMPT, 4) == [{"version": "2", "start": 0, "end": 4}]
+
+
+def test_a_folder_reaches_every_rank(engine, tmp_path):
+    write_hf(tmp_path / "model", MODEL, tensors_of(3))
+    engine.weights.read_folder(tmp_path / "model", 3, keeps_cache=False)
+    engine.assert_holds(tensors_of(3))
+
+
+def test_a_broadcast_reaches_every_rank(engine):
+    tensors, meeting = (
+        tensors_of(4),
+        Meeting(address="127.0.0.1", port=free_port(), backend="gloo", bucket_bytes=8_000),
+    )
+    broadcaster = Broadcaster(MODEL, meeting, engine.tp_size)
+
+    def trainer() -> None:
+        broadcaster.join(timeout_s=60)
+        broadcaster.send(tensors)
+
+    sender = threading.Thread(target=trainer)
+    sender.start()
+    engine.weights.join(meeting)
+    digest = digest_of(MODEL, tensors)
+    engine.weights.receive(meeting, 4, digest, keeps_cache=False)
+    sender.join()
+    engine.weights.leave(meeting)
+    broadcaster.leave()
+    engine.assert_holds(tensors)
+    with pytest.raises(EnvironmentFault, match="refused"):
+        engine.weights.leave(meeting)
+
+
+def test_a_trainers_shared_memory_reaches_every_rank(engine, tmp_path):
+    parallel, tensors = ParallelConfig(tp_size=2), tensors_of(5)
+    layout = trainer_layout(MODEL, parallel)
+    with ExitStack() as cleanup:
+        parts = []
+        for number, rank in enumerate(layout.ranks):
+            publisher = Publisher(layout, number, torch.float32, run_id="run", arena_dir=tmp_path)
+            cleanup.callback(publisher.close)
+            storages = empty_storages(rank, torch.float32)
+            load_tiles(rank, box_reader(tensors), storages)
+            parts.append(publisher.publish(5, storages))
+        publication = Publication.assemble(parts)
+        engine.weights.pull(publication, parallel, means="shared_memory", keeps_cache=False)
+    engine.assert_holds(tensors)
+
+
+def test_tokens_on_both_sides_of_a_push_are_told_apart(engine):
+    commit(engine, 6)
+    engine.run(beside.begin, PROMPT, 60)
+    engine.run(controls.pause)
+    commit(engine, 7, keeps_cache=True)
+    engine.run(controls.go_on)
+    before, after = engine.run(beside.end)
+    assert (before["version"], after["version"]) == ("6", "7")
+    assert 0 < before["end"] == after["start"] < after["end"] == 60
+    assert engine.run(beside.spans, PROMPT, 2) == [{"version": "7", "start": 0, "end": 2}]
+
+
+def test_a_model_of_other_widths_is_refused_and_nothing_is_written(engine):
+    commit(engine, 8)
+    narrow = MODEL.model_copy(update={"intermediate_size": 32})
+    config = EngineConfig(backend="sglang", tp_size=engine.tp_size)
+    other = PushedWeights(narrow, config, engine.run)
+    with pytest.raises(LayoutError, match=r"mlp\.down_proj\.weight has shape"):
+        other.require_layout()
+    other.close()
+    engine.assert_holds(tensors_of(8))
+
+
+def test_what_was_announced_otherwise_is_not_served(engine, tmp_path):
+    parallel = ParallelConfig()
+    layout = trainer_layout(MODEL, parallel)
+    storages = empty_storages(layout.ranks[0], torch.float32)
+    load_tiles(layout.ranks[0], box_reader(tensors_of(9)), storages)
+    publisher = Publisher(layout, 0, torch.float32, run_id="lie", arena_dir=tmp_path)
+    part = publisher.publish(9, storages)
+    truth = Publication.assemble([part])
+    lie = Publication(**{**fields(truth), "digest": truth.digest ^ 1})
+    error = StaleWeightsError if engine.tp_size > 1 else EngineLost
+    with pytest.raises(error, match=r"must not serve|digest"):
+        engine.weights.pull(lie, parallel, means="shared_memory", keeps_cache=False)
+    publisher.close()
+    assert engine.weights.version == 8
+
+
+def fields(publication: Publication) -> dict:
+    return {name: getattr(publication, name) for name in publication.__dataclass_fields__}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
