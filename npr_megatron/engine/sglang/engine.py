@@ -162,8 +162,8 @@ class SglangEngine(Engine):
         teacher: Teacher | None = None,
         listener: Callable[[Event], None] | None = None,
     ) -> None:
-        """Queue a request; see :meth:`Engine.add`. A teacher is asked ahead of time: for every token
-        that a stage may sample.
+        """Queue a request; see :meth:`Engine.add`. A teacher is asked ahead of time, for every
+        token that a stage may sample.
         """
         self._mailbox.require_sound()
         if problems := self.problems(request):

@@ -38,6 +38,7 @@ from npr_megatron.engine.sglang.wire import (
     receive,
     receive_first,
 )
+from npr_megatron.errors import EnvironmentFault, NprError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -119,8 +120,12 @@ class _Host:
     async def _call(self, call: Call) -> None:
         try:
             value = await call.function(self._manager, *call.arguments)
-        except Exception as error:  # noqa: BLE001 - raised to the caller
+            frame(value)  # an answer that cannot travel would never arrive
+        except NprError as error:
             self._tell(Returned(call.number, None, error))
+        except Exception:  # noqa: BLE001 - raised to the caller, who may not know its type
+            fault = EnvironmentFault(f"SGLang failed at a call:\n{traceback.format_exc()}")
+            self._tell(Returned(call.number, None, fault))
         else:
             self._tell(Returned(call.number, value, None))
 

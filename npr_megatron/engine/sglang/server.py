@@ -138,7 +138,9 @@ class Server:
         Function, arguments, result and error are pickled.
 
         Raises:
-            EnvironmentFault: the host has ended. And whatever ``function`` raises.
+            EngineLost: the host has ended.
+            EnvironmentFault: ``function`` raised an error that is not one of ours; ours are raised
+                as they are.
         """
         if self._listener is None or self._listener.done():
             raise EnvironmentFault("SGLang was called and does not run any more; start it anew")

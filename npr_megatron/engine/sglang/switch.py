@@ -72,14 +72,17 @@ class Switch:
         self._run(self._hold())
         self._beside(controls.pause)
         self._weights.commit(version, keeps_cache=True)
-        self._run(self._let_go(version))
+        self._run(self._enter(version))
         self._beside(controls.go_on)
+        self._run(self._let_go())
 
     async def _hold(self) -> None:
         self._conductor.hold()
 
-    async def _let_go(self, version: int) -> None:
+    async def _enter(self, version: int) -> None:
         self._era.version = version
         for job in self._unfinished():
             job.enter(version)
+
+    async def _let_go(self) -> None:
         self._conductor.let_go()
