@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from npr_megatron.cli import serve_options as option
+from npr_megatron.cli.engine_options import Backend, BackendOption, TpSize
 from npr_megatron.cli.generate_options import Device, DtypeOption, Weights, WeightsOption
 from npr_megatron.cli.interrupt import interruptible
 from npr_megatron.config.engine import EngineConfig
@@ -20,8 +21,8 @@ def serve(
     max_waiting: option.MaxWaiting = 512,
     kv_slots: option.KvSlots = 65_536,
     drain_seconds: option.DrainSeconds = 30.0,
-    backend: option.BackendOption = option.Backend.EMBEDDED,
-    tp_size: option.TpSize = 1,
+    backend: BackendOption = Backend.EMBEDDED,
+    tp_size: TpSize = 1,
     device: Device = None,
     dtype: DtypeOption = None,
     weights: WeightsOption = Weights.AS_TRAINED,

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-_LIMITS, _ENGINE = "Limits", "Engine"
-
-
-class Backend(StrEnum):
-    """Who computes."""
-
-    EMBEDDED = "embedded"
-    SGLANG = "sglang"
+_LIMITS = "Limits"
 
 
 Model = Annotated[
@@ -55,21 +47,5 @@ DrainSeconds = Annotated[
         metavar="SECONDS",
         help="How long answers under way may go on after Ctrl-C or SIGTERM.",
         rich_help_panel=_LIMITS,
-    ),
-]
-BackendOption = Annotated[
-    Backend,
-    typer.Option(
-        "--backend",
-        help="embedded: this package, on CPU or GPU. sglang: SGLang, where it is installed.",
-        rich_help_panel=_ENGINE,
-    ),
-]
-TpSize = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        help="Devices that share one SGLang engine; the embedded one is cut by torchrun.",
-        rich_help_panel=_ENGINE,
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.data.prompts import PromptBuilder
 from npr_megatron.data.tokenizer import Tokenizer
+from npr_megatron.engine.backends import slots_needed
 from npr_megatron.engine.intake import request_problems
 from npr_megatron.errors import InputError
 from npr_megatron.records.randomness import derive_seed
@@ -31,6 +33,16 @@ class Served:
     model: ModelConfig
     engine: EngineConfig
     tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Tokens that an answer may take."""
+
+    total: int
+    """Over all branches."""
+    path: int
+    """On the longest path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +85,7 @@ def order_of(
             [f"model {asked.model!r} is not served here; ask for {served.name!r}", *problems],
         )
     prompts, prompt_problems = _prompts(asked, served)
-    budgets = [_budget(asked, len(prompt), served) for prompt in prompts]
+    budgets = [_budget(asked, prompt, served) for prompt in prompts]
     problems += prompt_problems + [text for text in budgets if isinstance(text, str)]
     num_choices = len(prompts) * asked.n
     if num_choices > MAX_CHOICES:
@@ -85,8 +97,8 @@ def order_of(
         is_long = problems == [text for text in budgets if isinstance(text, str)]
         code = "context_length_exceeded" if is_long else "invalid_request"
         raise ApiError(400, code, problems)
-    totals = [budget for budget in budgets if not isinstance(budget, str)]
-    return Order(asked, _requests(asked, prompts, totals, order_id))
+    firm = [budget for budget in budgets if isinstance(budget, Budget)]
+    return Order(asked, _requests(asked, prompts, firm, order_id))
 
 
 def _draw_problems(fields: dict[str, Any], served: Served) -> list[str]:
@@ -149,19 +161,18 @@ def _ids_of(prompt: Any, served: Served) -> tuple[int, ...]:
     return PromptBuilder(served.tokenizer).conversation_ids(turns)
 
 
-def _budget(asked: AnyAsked, prompt_length: int, served: Served) -> tuple[int, int] | str:
+def _budget(asked: AnyAsked, prompt_ids: tuple[int, ...], served: Served) -> Budget | str:
     """Return the most tokens in total and on the longest path; or why there is no such answer.
 
     What the client asks for is firm; what it leaves open is what the model has room for.
     """
-    num_positions = served.model.max_position_embeddings
-    num_slots = served.engine.num_kv_slots
-    room, slots = num_positions - prompt_length, num_slots - prompt_length
+    length, num_positions = len(prompt_ids), served.model.max_position_embeddings
+    room, slots = num_positions - length, _most_tokens(asked, prompt_ids, served)
     if min(room, slots) < 1:
         return (
-            f"the prompt has {prompt_length} tokens; the model knows {num_positions} positions and "
-            f"the server keeps {num_slots} tokens; shorten it to at most "
-            f"{min(num_positions, num_slots) - 1}"
+            f"the prompt has {length} tokens; the model knows {num_positions} positions and the "
+            f"server has {served.engine.num_kv_slots} KV slots, which leaves no room for an "
+            "answer; shorten it"
         )
     total = asked.max_tokens
     if isinstance(asked, ChatAsked):
@@ -172,23 +183,35 @@ def _budget(asked: AnyAsked, prompt_length: int, served: Served) -> tuple[int, i
         total = total if path is not None else min(total, room)
     if total > slots:
         return (
-            f"max_tokens is {total}; behind a prompt of {prompt_length} tokens the server keeps "
+            f"max_tokens is {total}; behind a prompt of {length} tokens the server has room for "
             f"{slots}; ask for at most so many"
         )
     path = path or total
     if min(total, path) > room:
         return (
-            f"the longest path may take {min(total, path)} tokens; behind a prompt of "
-            f"{prompt_length} tokens the model has room for {room}; lower max_tokens or "
-            "npr.max_critical_path"
+            f"the longest path may take {min(total, path)} tokens; behind a prompt of {length} "
+            f"tokens the model has room for {room}; lower max_tokens or npr.max_critical_path"
         )
-    return total, path
+    return Budget(total, path)
+
+
+def _most_tokens(asked: AnyAsked, prompt_ids: tuple[int, ...], served: Served) -> int:
+    """Return how many tokens the engine can keep behind a prompt; 0 or less for none."""
+    probe = replace(
+        _template({}.get), prompt_ids=prompt_ids, mode=DecodeMode(asked.npr.mode), max_new_tokens=0
+    )
+    num_slots = served.engine.num_kv_slots
+    return bisect_right(
+        range(1, num_slots),
+        num_slots,
+        key=lambda total: slots_needed(replace(probe, max_new_tokens=total), served.engine),
+    )
 
 
 def _requests(
     asked: AnyAsked,
     prompts: Sequence[tuple[int, ...]],
-    budgets: Sequence[tuple[int, int]],
+    budgets: Sequence[Budget],
     order_id: str,
 ) -> tuple[GenerationRequest, ...]:
     template = _template(lambda name, default: getattr(asked, name, default))
@@ -200,10 +223,10 @@ def _requests(
             rollout=sample,
             prompt_ids=prompt_ids,
             mode=DecodeMode(asked.npr.mode),
-            max_new_tokens=total,
-            max_critical_path=path,
+            max_new_tokens=budget.total,
+            max_critical_path=budget.path,
             seed=derive_seed(seed, "serve", index, sample),
         )
-        for index, (prompt_ids, (total, path)) in enumerate(zip(prompts, budgets, strict=True))
+        for index, (prompt_ids, budget) in enumerate(zip(prompts, budgets, strict=True))
         for sample in range(asked.n)
     )

@@ -113,7 +113,6 @@ def _serve_with(
         raise
     finally:
         service.stop(_ABORT_S)
-        engine.close()
 
 
 async def _drain(service: Service, drain_s: float) -> None:

@@ -51,7 +51,7 @@ def test_chat_answers_branch_and_tell_their_usage(live):
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 def test_a_plain_stream_is_the_text_that_is_returned_without_one(live, mode):
     seen = set()
-    for seed in SEEDS:
+    for seed in SEEDS[:6]:
         extra = {"npr": {"mode": mode}}
         whole = chat(live, seed, extra_body=extra)
         options = {"include_usage": True}
@@ -67,7 +67,7 @@ def test_a_plain_stream_is_the_text_that_is_returned_without_one(live, mode):
 
 
 def test_branches_are_longer_together_than_the_path_through_them(live):
-    shapes = [chat(live, seed).choices[0].npr for seed in SEEDS]
+    shapes = [chat(live, seed).choices[0].npr for seed in SEEDS[:6]]
     assert any(npr["critical_path_tokens"] < npr["completion_tokens"] for npr in shapes)
 
 
@@ -131,7 +131,7 @@ def test_a_watched_stream_rebuilds_the_tree(live):
 
 def test_branches_of_a_watched_stream_run_at_the_same_time(live):
     order = []
-    for seed in SEEDS:
+    for seed in SEEDS[:6]:
         for chunk in chat(live, seed, stream=True, extra_body={"npr": {"branches": True}}):
             tag = getattr(chunk, "npr", None) or {}
             order.append((seed, tag.get("block"), tag.get("branch")))
@@ -190,7 +190,7 @@ def test_without_a_seed_answers_differ(live):
 
 
 def test_an_answer_ends_before_the_first_stop(live):
-    for seed in SEEDS:
+    for seed in SEEDS[:4]:
         whole = chat(live, seed).choices[0].message.content
         for stops in (["</takeaway>"], "2:", ["\nnever", "</step>\n", "zzzzz"]):
             listed = [stops] if isinstance(stops, str) else stops

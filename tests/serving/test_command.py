@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -23,12 +24,32 @@ NPR = str(Path(sys.executable).with_name("npr"))
 ENVIRONMENT = {**os.environ, "COLUMNS": "120"}
 
 
+BREAKING = """
+import sys
+from npr_megatron.cli.main import main
+from npr_megatron.engine.embedded import EmbeddedEngine
+from npr_megatron.errors import DivergenceError
+
+step = EmbeddedEngine.step
+
+def break_down(engine):
+    match engine.num_unfinished:
+        case 2: raise ZeroDivisionError("planted")
+        case 3: raise DivergenceError("planted")
+    return step(engine)
+
+EmbeddedEngine.step = break_down
+main()
+"""
+"""``npr`` with an engine that dies of two or three answers at once."""
+
+
 class Command:
     """A running ``npr serve``."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, program: tuple[str, ...] = (NPR,)) -> None:
         self.process = subprocess.Popen(
-            [NPR, "serve", *map(str, arguments)],
+            [*program, "serve", *map(str, arguments)],
             stderr=subprocess.PIPE,
             text=True,
             env=ENVIRONMENT,
@@ -54,8 +75,8 @@ class Command:
 def command(speaker):
     started: list[Command] = []
 
-    def start(*arguments: object) -> Command:
-        started.append(Command("--model", speaker, "--port", "0", *arguments))
+    def start(*arguments: object, **options: Any) -> Command:
+        started.append(Command("--model", speaker, "--port", "0", *arguments, **options))
         return started[-1]
 
     yield start
@@ -122,26 +143,30 @@ def test_answers_that_take_longer_than_the_drain_are_ended_with_an_error(command
     assert server.ended() == (130, "stopped by SIGINT; nothing is served any more\n")
 
 
-def run(*arguments: object) -> tuple[int, str]:
-    done = subprocess.run(
-        [NPR, "serve", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        env=ENVIRONMENT,
-        check=False,
-    )
-    assert done.stdout == ""
-    return done.returncode, done.stderr
+@pytest.mark.parametrize(
+    ("num_choices", "code", "last_line"),
+    [(2, 1, "ZeroDivisionError: planted"), (3, 2, "error: planted")],
+)
+def test_a_dead_engine_ends_the_command(command, speaker, num_choices, code, last_line):
+    server = command(program=(sys.executable, "-c", BREAKING))
+    port = int(server.wait_for(r"^serving http://127\.0\.0\.1:(\d+)/v1$").group(1))
+    url = f"http://127.0.0.1:{port}/v1"
+    with openai.OpenAI(base_url=url, api_key="-", max_retries=0) as client:
+        asked: dict[str, Any] = {"model": str(speaker), "prompt": f"{QUESTION}\n"}
+        assert client.completions.create(**asked).choices
+        with pytest.raises(openai.InternalServerError, match="the engine has failed: planted"):
+            client.completions.create(**asked, n=num_choices)
+    ended, error = server.ended()
+    assert (ended, error.splitlines()[-1]) == (code, last_line)
 
 
-def test_a_taken_port_is_one_line(speaker):
+def test_a_taken_port_is_one_line(npr, speaker):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        code, error = run("--model", speaker, "--port", port)
-    assert code == 2
-    assert error.startswith(f"error: the server was to listen on 127.0.0.1:{port}: ")
-    assert error.count("\n") == 1
+        result = npr("serve", "--model", str(speaker), "--port", str(port))
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"error: the server was to listen on 127.0.0.1:{port}: ")
+    assert result.err.count("\n") == 1
 
 
 def test_a_folder_without_a_model_is_one_line(npr, tmp_path):
