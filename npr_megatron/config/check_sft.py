@@ -64,10 +64,12 @@ def _data(config: SftConfig) -> Iterator[str]:
 
 
 def _rows(config: SftConfig) -> Iterator[str]:
-    dp_size, rows = config.parallel.dp_size, config.trainer.rows_per_microbatch
-    if config.sft.rows_per_step % (dp_size * rows):
+    parallel, rows = config.parallel, config.trainer.rows_per_microbatch
+    multiple = parallel.microbatch_multiple
+    if config.sft.rows_per_step % (multiple * rows):
+        turns = f" * parallel.pp_size {parallel.pp_size}" if multiple != parallel.dp_size else ""
         yield (
             f"sft.rows_per_step {config.sft.rows_per_step} is not a multiple of parallel.dp_size "
-            f"{dp_size} * trainer.rows_per_microbatch {rows}; change one of them, or steps are "
-            "filled up with padding"
+            f"{parallel.dp_size}{turns} * trainer.rows_per_microbatch {rows}; change one of them, "
+            "or steps are filled up with padding"
         )

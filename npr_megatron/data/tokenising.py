@@ -18,7 +18,7 @@ from npr_megatron.data.problems import Problem
 from npr_megatron.data.prompts import PromptBuilder
 from npr_megatron.data.rows import Fault
 from npr_megatron.data.tokenizer import Tokenizer
-from npr_megatron.errors import InputError
+from npr_megatron.errors import InputError, LayoutError
 from npr_megatron.records.trajectory import IntArray
 from npr_megatron.schema.parse import parse
 from npr_megatron.schema.rules import Violation
@@ -66,8 +66,9 @@ class ExchangeReader:
             prompt = self._prompt_ids(exchange, is_tree=is_tree)
         except InputError as error:
             return Fault(exchange.place, "corrupt", str(error))
-        if problem := self._form_problem(response, is_tree=is_tree):
-            return Fault(exchange.place, "malformed", problem)
+        if not is_tree and self._tokenizer.vocabulary.eos in response[:-1]:
+            cut = "response: the end token stands before its end"
+            return Fault(exchange.place, "malformed", cut)
         ids = [*prompt, *response]
         if len(ids) > self._max_tokens:
             return Fault(
@@ -76,11 +77,10 @@ class ExchangeReader:
                 f"{len(prompt)} tokens of prompt and {len(response)} of response do not fit a row "
                 f"of {self._max_tokens} (trainer.row_tokens)",
             )
-        layout = (
-            layout_of(ids, len(prompt), self._tokenizer.vocabulary)
-            if is_tree
-            else plain_layout(len(ids), len(prompt))
-        )
+        try:
+            layout = self._layout(ids, len(prompt), is_tree=is_tree)
+        except LayoutError:
+            return Fault(exchange.place, "malformed", self._grammar_problem(response))
         if (last := int(layout.position_ids.max())) >= self._max_positions:
             return Fault(
                 exchange.place,
@@ -110,14 +110,13 @@ class ExchangeReader:
             return [*self._prompts.prompt_ids(problem)]
         return self._tokenizer.encode_user_turn(exchange.prompt)
 
-    def _form_problem(self, response: list[int], *, is_tree: bool) -> str | None:
-        vocabulary = self._tokenizer.vocabulary
-        if not is_tree:
-            is_cut = vocabulary.eos in response[:-1]
-            return "response: the end token stands before its end" if is_cut else None
-        violations = parse(response, vocabulary).violations
-        if not violations:
-            return None
+    def _layout(self, ids: list[int], prompt_length: int, *, is_tree: bool) -> BranchLayout:
+        if is_tree:
+            return layout_of(ids, prompt_length, self._tokenizer.vocabulary)
+        return plain_layout(len(ids), prompt_length)
+
+    def _grammar_problem(self, response: list[int]) -> str:
+        violations = parse(response, self._tokenizer.vocabulary).violations
         listed = [self._sentence(violation, response) for violation in violations[:_MAX_VIOLATIONS]]
         more = len(violations) - len(listed)
         return "response: " + "; ".join(listed + ([f"and {more} more"] if more > 0 else []))

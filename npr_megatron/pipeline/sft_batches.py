@@ -123,7 +123,7 @@ class SftBatches:
         return pack_rows(
             [[store.sample(number) for number in row] for row in rows],
             trainer.rows_per_microbatch,
-            1 if alone else parallel.dp_size,
+            1 if alone else parallel.microbatch_multiple,
         )
 
     def _blame(self, store: SampleStore, rows: Sequence[Row], trainer: Learner) -> str:
