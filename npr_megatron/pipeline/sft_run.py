@@ -79,7 +79,8 @@ class SftRun:
                 rank=self._place.rank,
                 world_size=self._place.world_size,
                 init_method=self._place.address,
-                local_rank=self._place.local_rank,
+                # srun may show each task its own GPU only, as number 0.
+                local_rank=self._place.local_rank % max(torch.cuda.device_count(), 1),
                 num_threads=self._place.num_threads,
             ),
             model=self._model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ from npr_megatron.observability.metrics import read_metrics
 from npr_megatron.report.live import LiveView
 from npr_megatron.weights.checkpoints.hf import random_init, write_hf
 from tests.distributed.harness import run_ranks
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/sft/run.toml"
@@ -139,7 +142,9 @@ def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
         )
 
 
-def test_a_stopped_run_goes_on_bit_by_bit_but_never_with_other_data(unbroken, tmp_path):
+def test_a_stopped_run_goes_on_bit_by_bit_but_never_with_other_data_or_as_another_model(
+    unbroken, tmp_path
+):
     data = tmp_path / "train.jsonl"
     own = f"data.train=['{data}']"
     text = (ROOT / "examples/sft/train.jsonl").read_text()
@@ -154,13 +159,18 @@ def test_a_stopped_run_goes_on_bit_by_bit_but_never_with_other_data(unbroken, tm
     assert "its data differ from what this run has" in str(error)
 
     data.write_text(text)
+    shutil.copytree(folder / "checkpoints", tmp_path / "other" / "sft-seed0" / "checkpoints")
+    (error,) = refused(tmp_path, "other", own, "model.architecture.intermediate_size=96")
+    assert isinstance(error, InputError)
+    assert "its model differ from what this run has" in str(error)
+
     trained(tmp_path, "stopped", own)
     assert_same_run(folder, unbroken, 0)
 
 
-def test_two_ranks_share_the_work_and_one_can_go_on_alone(unbroken, tmp_path):
+def test_two_ranks_share_the_work_and_go_on_in_another_layout(unbroken, tmp_path):
     folder = trained(tmp_path, "moved", "parallel.dp_size=2", ranks=2, stop_at=STOPPED_AT)
-    trained(tmp_path, "moved", "parallel.dp_size=1")
+    trained(tmp_path, "moved", "parallel.tp_size=2", ranks=2)
     assert_same_run(folder, unbroken, 1e-4)
 
 
