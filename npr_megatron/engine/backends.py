@@ -66,7 +66,7 @@ def storages_of(model: ModelConfig, config: EngineConfig) -> Layout:
 
 
 def slots_needed(request: GenerationRequest, config: EngineConfig) -> int:
-    """Return the smallest ``num_kv_slots`` with which an engine serves ``request``."""
+    """Return a ``num_kv_slots`` that is enough for ``request`` alone."""
     match config.backend:
         case "embedded":
             return len(request.prompt_ids) + request.max_new_tokens + 1

@@ -7,8 +7,8 @@ import torch
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import InitConfig, ModelConfig
-from npr_megatron.errors import LayoutError
-from npr_megatron.pipeline.local_engine import open_engine
+from npr_megatron.errors import InputError, LayoutError
+from npr_megatron.pipeline.local_engine import local_engine, open_engine
 from npr_megatron.records.trajectory import DecodeMode
 from npr_megatron.weights.checkpoints.hf import random_init, write_hf
 from npr_megatron.weights.layouts.served import Quantisation
@@ -71,3 +71,14 @@ def test_a_model_whose_matrices_have_no_whole_blocks_is_refused_for_fp8(tmp_path
     with pytest.raises(LayoutError, match="FP8 needs multiples of 128"):
         answers(folder, "fp8")
     assert answers(folder, "as_trained")[0]
+
+
+def test_torchrun_does_not_cut_a_backend_that_starts_its_own_processes(tmp_path, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    config = EngineConfig(backend="sglang")
+    with (
+        pytest.raises(InputError, match="without torchrun, with --tp-size 2"),
+        local_engine(tmp_path, config, SMALL),
+    ):
+        pass
