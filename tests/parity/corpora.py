@@ -97,3 +97,13 @@ def assert_as_the_oracle_says(reading: Reading, trajectories: Sequence[Trajector
         num_words += int(form.is_word.sum())
     assert max(gaps(trajectories, reading.logprobs, reading.forms)) <= TOLERANCE
     return num_words
+
+
+def num_other_words(logprobs: Sequence[torch.Tensor], forms: Sequence[LinearForm]) -> int:
+    """Count the words that a greedy choice by ``logprobs`` would not take."""
+    num_other = 0
+    for form, scores in zip(forms, logprobs, strict=True):
+        words = np.flatnonzero(form.is_word)
+        chosen = scores[form.predecessor[words]].argmax(-1).numpy()
+        num_other += int((chosen != form.token_ids[words]).sum())
+    return num_other
