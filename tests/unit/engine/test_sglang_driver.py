@@ -19,9 +19,10 @@ from npr_megatron.engine.sglang.thread import News
 from npr_megatron.records.request import GenerationRequest, RefusalPolicy
 from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
 from npr_megatron.schema.grammar import Grammar
-from tests.engines import request_for, skeleton_of
+from npr_megatron.schema.render import BlockTexts
+from tests.engines import request_for, skeleton_of, teacher_of
 from tests.listeners import STREAMS, Replay
-from tests.structures import SMALL, random_structure
+from tests.structures import SMALL, Structure, random_structure
 from tests.unit.engine.symbolic_sglang import SymbolicSglang, expected, scored
 
 GRAMMAR = Grammar(SMALL)
@@ -193,6 +194,52 @@ def test_scores_are_those_of_the_record(seed):
     stand.drain()
     for index, trajectory in stand.ended.items():
         np.testing.assert_array_equal(jobs[index].logprobs, scored(trajectory).logprobs)
+
+
+@pytest.mark.parametrize("wrong", [SMALL.eos, SMALL.plan_open, SMALL.step_close])
+@pytest.mark.parametrize("seed", range(5))
+def test_branches_that_break_a_rule_are_closed_and_their_end_is_scored(seed, wrong):
+    """Served branches that break a rule in their text, or by closing right behind their header."""
+    blocks = (BlockTexts(((25,), (26,), (27,)), ((28, 29), (30, 31, 32), (33,)), (34,)),)
+    structure = Structure(vocabulary=SMALL, prompt_ids=(20, 21), blocks=blocks, conclusion=(35, 36))
+    teacher = teacher_of(structure.token_ids, 2, SMALL)
+
+    def teach(block: int, branch: int, index: int) -> int | None:
+        is_wrong = (branch, index) in {(1, 4), (2, 3), (3, 3)}
+        return wrong if is_wrong else teacher(block, branch, index)
+
+    request = request_for((20, 21), seed=seed, on_refusal=RefusalPolicy.SEQUENTIAL)
+    stand = Stand(seed)
+    stand.add(request, teach)
+    stand.drain()
+    assert_as_expected(stand.ended[0], request, teach)
+    assert "closed a step" in stand.ended[0].finish_detail
+    is_end = stand.ended[0].token_ids == SMALL.step_close
+    assert stand.ended[0].forced[is_end].any()
+
+
+def test_text_that_went_on_plainly_is_no_prefix_for_those_that_forked_there():
+    """The plain one has no room to fork, and writes what the other one joins."""
+    texts = ((25,), (26,), (27,), (28,))
+    blocks = (BlockTexts(texts, texts, (34,)),)
+    structure = Structure(vocabulary=SMALL, prompt_ids=(20, 21), blocks=blocks, conclusion=(35,))
+    response = structure.response_ids
+    forked = request_for((20, 21), rollout=1)
+    to_fork = response.index(SMALL.guideline_close) + 1
+    plain = request_for(
+        (20, 21),
+        max_new_tokens=to_fork + 24,  # a fork of four takes 25
+        on_refusal=RefusalPolicy.SEQUENTIAL,
+    )
+    stand = Stand(0)
+    stand.add(plain, lambda block, branch, index: response[index])
+    stand.drain()
+    assert stand.ended[0].finish_detail.endswith("no room to fork")
+    assert list(stand.ended[0].response_ids) == response[: to_fork + 24]
+    teacher = teacher_of(structure.token_ids, 2, SMALL)
+    stand.add(forked, teacher)
+    stand.drain()
+    assert_as_expected(stand.ended[1], forked, teacher)
 
 
 def test_losses_do_occur_in_these_tests():
