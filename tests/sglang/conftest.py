@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Qwen3ForCausalLM
 
 from npr_megatron.weights.checkpoints.hf import write_hf
+from tests.absence import absence_of_sglang
 from tests.engines import UNTIED, steered_weights
 from tests.parity.hf_reference import hf_model
 from tests.sglang.stages import POISON, SPOKEN, StageServer
@@ -18,22 +19,27 @@ from tests.sglang.stages import POISON, SPOKEN, StageServer
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of this folder: SGLang's imports warn, and it may be absent."""
     here = Path(__file__).parent
-    is_absent = importlib.util.find_spec("sglang") is None
+    absence = absence_of_sglang()
     for item in items:
         if here not in item.path.parents:
             continue
-        for message in ("", "SWIG"):
-            item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}"))
-        if is_absent:
-            item.add_marker(pytest.mark.skip(reason="sglang is not installed (tools/setup_sglang)"))
+        item.add_marker(pytest.mark.filterwarnings("ignore::UserWarning"))
+        if absence:
+            item.add_marker(pytest.mark.skip(reason=absence))
 
 
 @pytest.fixture(scope="session")
-def reference() -> Qwen3ForCausalLM:
-    """The model of these tests, as transformers computes it."""
-    weights = steered_weights(UNTIED, 0, SPOKEN, margin=30.0)
-    weights["embed_tokens.weight"][POISON] = float("nan")
-    return hf_model(UNTIED, weights)
+def weights() -> dict[str, torch.Tensor]:
+    """The model of these tests, as the embedded engine computes it."""
+    return steered_weights(UNTIED, 0, SPOKEN, margin=30.0)
+
+
+@pytest.fixture(scope="session")
+def reference(weights: dict[str, torch.Tensor]) -> Qwen3ForCausalLM:
+    """The model of these tests, as transformers computes it; ``POISON`` is not a number to it."""
+    reference = hf_model(UNTIED, weights)
+    reference.get_input_embeddings().weight.data[POISON] = float("nan")
+    return reference
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +51,14 @@ def model_folder(reference: Qwen3ForCausalLM, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def server(model_folder: Path) -> Iterator[StageServer]:
+def running_server(model_folder: Path) -> Iterator[StageServer]:
     """An engine with a pool of 2,048 slots, prefills in pieces of 32 tokens, and overlap."""
     with StageServer.started(model_folder) as server:
         yield server
+
+
+@pytest.fixture
+def server(running_server: StageServer) -> StageServer:
+    """The engine, empty: what earlier tests leased and did not release would take its pool."""
+    running_server.flush()
+    return running_server

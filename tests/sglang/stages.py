@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,9 +50,10 @@ class StageServer:
     @contextmanager
     def started(cls, folder: Path, **options: Any) -> Iterator[StageServer]:
         """Start an engine that checks its slots all the time; stop it in the end."""
-        import sglang
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what SGLang and its libraries say of this machine
+            import sglang
 
-        with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SGLANG_NATIVE_MOVE_KV_CACHE", "1")
             patch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
             patch.setenv("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
@@ -83,8 +86,10 @@ class StageServer:
             )
 
     def flush(self) -> None:
-        """Empty the cache."""
-        assert self.engine.flush_cache().success
+        """Empty the cache; SGLang refuses while the last batch, whose answers are out, is open."""
+        deadline = time.monotonic() + 30.0
+        while not self.engine.flush_cache().success:
+            assert time.monotonic() < deadline, "a request never ended"
 
 
 PLAIN: dict[str, Any] = {

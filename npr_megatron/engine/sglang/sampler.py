@@ -50,19 +50,20 @@ def sample(
         return sample_ordinary(sampler, logits_output, sampling_info, *arguments, **kwargs)
     logits_MV = logits_output.next_token_logits
     is_all = len(draws.rows) == len(logits_MV)
-    rows = torch.from_numpy(draws.rows).to(logits_MV.device, non_blocking=True)
-    # The logits of some rows are copied: SGLang overwrites its own with weights.
-    tokens_N, logprobs_N = draw_stages(logits_MV if is_all else logits_MV[rows], draws)
+    ours: slice | Tensor = slice(None)
+    if not is_all:
+        ours = torch.from_numpy(draws.rows).to(logits_MV.device, non_blocking=True)
+    tokens_N, logprobs_N = draw_stages(logits_MV[ours], draws)
     wants_others = any(top_logprobs_nums or ()) or any(token_ids_logprobs or ())
     if is_all and not wants_others:
         tokens_M = tokens_N
         if return_logprob:
             logits_output.next_token_logprobs = logprobs_N
-    else:
+    else:  # SGLang overwrites the logits: ours were drawn before
         tokens_M = sample_ordinary(sampler, logits_output, sampling_info, *arguments, **kwargs)
-        tokens_M[rows] = tokens_N.to(tokens_M.dtype)
+        tokens_M[ours] = tokens_N.to(tokens_M.dtype)
         if return_logprob:
-            logits_output.next_token_logprobs[rows] = logprobs_N
+            logits_output.next_token_logprobs[ours] = logprobs_N
     sampler._sync_token_ids_across_tp(tokens_M, sampling_info)
     return tokens_M
 
