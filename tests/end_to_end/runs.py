@@ -84,16 +84,16 @@ class Run:
                 found[record["step"]] = record
         return found
 
-    def wait_for_step(self, stage: str, step: int) -> None:
-        deadline = time.monotonic() + DEADLINE_S
+    def wait_for_step(self, stage: str, step: int, deadline_s: float = DEADLINE_S) -> None:
+        deadline = time.monotonic() + deadline_s
         while step not in self.steps(stage):
             assert self.process.poll() is None, f"ended early:\n{self.output()}"
             assert time.monotonic() < deadline, f"{stage} {step} never came:\n{self.output()}"
             time.sleep(0.05)
 
-    def wait(self) -> int:
+    def wait(self, deadline_s: float = DEADLINE_S) -> int:
         try:
-            return self.process.wait(DEADLINE_S)
+            return self.process.wait(deadline_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise AssertionError(f"did not end:\n{self.output()}") from None
