@@ -89,7 +89,7 @@ def _activations(
     """``layers`` is the number of layers of the longest chunk."""
     tokens = trainer.rows_per_microbatch * trainer.row_tokens // parallel.cp_size
     element = _BYTES[trainer.dtype]
-    saved = layers * _saved_in_a_layer(model, parallel.tp_size) * tokens * element
+    saved = layers * _saved_in_a_layer(model, parallel) * tokens * element
     saved *= _num_waiting(parallel, stage)
     if stage == parallel.pp_size - 1:
         # Logits as computed, as fp32 softmax, and their gradient.
@@ -106,7 +106,7 @@ def _num_waiting(parallel: ParallelConfig, stage: int) -> int:
     return 2 * behind + (parallel.vpp_size - 1) * parallel.pp_size + 1
 
 
-def _saved_in_a_layer(model: ModelConfig, tp_size: int) -> int:
+def _saved_in_a_layer(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Return the elements saved for each token: inputs of norms and products, and of attention."""
     queries = model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
@@ -114,9 +114,11 @@ def _saved_in_a_layer(model: ModelConfig, tp_size: int) -> int:
     hidden = 4 * model.hidden_size
     # The fused product; queries and keys normed and rotated; what attention takes and returns.
     attention = 5 * queries + 7 * keys
+    # Keys and values of other ranks' tokens.
+    attention += 2 * (parallel.cp_size - 1) * keys
     # Gate and up, and the steps of the activation up to the input of the last product.
     mlp = 5 * _active_width(model, model.moe)
-    return -(-(hidden + attention + mlp) // tp_size)
+    return -(-(hidden + attention + mlp) // parallel.tp_size)
 
 
 def _active_width(model: ModelConfig, moe: MoeConfig | None) -> int:

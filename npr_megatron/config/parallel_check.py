@@ -24,7 +24,7 @@ ROW_MULTIPLE = 16
 """Packed rows are padded to a multiple of this many tokens."""
 _FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """What both sides of a matrix product must be multiples of, by recipe."""
-_UNTRAINED = ("cp_size", "vocab_divisor")
+_UNTRAINED = ("vocab_divisor",)
 _GIB = 2**30
 
 
@@ -86,8 +86,7 @@ def _experts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
 
 
 def _rows(parallel: ParallelConfig, trainer: TrainerConfig) -> Iterator[str]:
-    """Rows are cut by context parallelism into two slices a rank, then by sequence parallelism."""
-    slices = parallel.tp_size * (2 * parallel.cp_size if parallel.cp_size > 1 else 1)
+    slices = parallel.row_slices
     if slices == 1 or not (trainer.row_tokens % slices or ROW_MULTIPLE % slices):
         return
     named = f"parallel.tp_size {parallel.tp_size}"

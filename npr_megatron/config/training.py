@@ -19,7 +19,7 @@ class ParallelConfig(Section):
     dp_size: PositiveInt = 1
     """Data parallel, with the distributed optimizer."""
     cp_size: PositiveInt = 1
-    """Context parallel; never cuts weights."""
+    """Context parallel: cuts rows, never weights; keys and values are gathered in each layer."""
     ep_size: PositiveInt = 1
     """Expert parallel, inside tp * cp * dp."""
     etp_size: PositiveInt | None = None
@@ -51,6 +51,12 @@ class ParallelConfig(Section):
     def world_size(self) -> int:
         """Trainer ranks."""
         return self.ranks_per_stage * self.pp_size
+
+    @property
+    def row_slices(self) -> int:
+        """Equal slices of a row: two for each rank of context parallelism, which takes one early
+        and one late, and each of them cut by sequence parallelism."""
+        return self.tp_size * (2 * self.cp_size if self.cp_size > 1 else 1)
 
     @property
     def microbatch_multiple(self) -> int:

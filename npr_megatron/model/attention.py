@@ -23,13 +23,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.records.sample import PackedBatch
+from npr_megatron.topology.context_slices import gathered_columns, own_columns
 from npr_megatron.topology.visibility import dense_mask, visible
 
 
@@ -43,22 +46,45 @@ class BranchContext(PackedSeqParams):
     rotary_sin: Tensor | None = None
     """[S, B, 1, D] sine; the first half is negated, so that rotating needs no further sign."""
     visibility: Tensor | BlockMask | None = None
-    """Who sees whom: bool [B, 1, S, S] (True = visible) on CPU, a block mask on CUDA."""
+    """Who sees whom: bool [B, 1, S, S] (True = visible) on CPU, a block mask on CUDA.
+
+    Under context parallelism S are this rank's tokens everywhere but in the last dimension: keys
+    and values are gathered over ``cp_group``, in the order of its ranks.
+    """
 
 
 def branch_context(
-    batch: PackedBatch, model: ModelConfig, dtype: torch.dtype, device: torch.device
+    batch: PackedBatch,
+    own: PackedBatch,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    cp_group: ProcessGroup,
 ) -> BranchContext:
-    """Return the context of ``batch``, ready for every layer of every pipeline stage."""
-    cos, sin = rotary_tables(batch, model, dtype, device)
-    streams = [
+    """Return the context of ``batch``, ready for every layer of every pipeline stage.
+
+    Args:
+        own: the tokens of ``batch`` that this rank holds among ``cp_group``.
+    """
+    cos, sin = rotary_tables(own, model, dtype, device)
+    length, size = batch.shape[1], cp_group.size()
+    queries, keys = (
+        torch.from_numpy(columns).to(device)
+        for columns in (own_columns(length, cp_group.rank(), size), gathered_columns(length, size))
+    )
+    segment, block, branch = (
         torch.from_numpy(stream).to(device) for stream in (batch.segment, batch.block, batch.branch)
-    ]
+    )
     if device.type == "cuda":
-        visibility: Tensor | BlockMask = block_mask(*streams)
+        visibility: Tensor | BlockMask = block_mask(segment, block, branch, queries, keys)
     else:
-        visibility = dense_mask(*streams).unsqueeze(1)
-    return BranchContext(rotary_cos=cos, rotary_sin=sin, visibility=visibility)
+        visibility = dense_mask(segment, block, branch).unsqueeze(1)
+        if size > 1:
+            visibility = visibility[:, :, queries][..., keys]
+    context = BranchContext(rotary_cos=cos, rotary_sin=sin, visibility=visibility)
+    if size > 1:
+        context.cp_group = cp_group
+    return context
 
 
 def rotary_tables(
@@ -82,10 +108,18 @@ def _rotate(heads: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     return torch.addcmul(heads * cos, torch.cat((high, low), -1), signed_sin)
 
 
-def block_mask(segment_BS: Tensor, block_BS: Tensor, branch_BS: Tensor) -> BlockMask:
-    """Return the block-sparse form of ``topology.visibility.dense_mask``."""
+def block_mask(
+    segment_BS: Tensor, block_BS: Tensor, branch_BS: Tensor, queries: Tensor, keys: Tensor
+) -> BlockMask:
+    """Return the block-sparse form of ``topology.visibility.dense_mask[:, queries][..., keys]``.
+
+    Args:
+        queries: offsets in the row of the tokens that look.
+        keys: offsets of those that are looked at, in the order in which they lie.
+    """
 
     def is_visible(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        query, key = queries[query], keys[key]
         segment = segment_BS[row, query]
         sees = visible(
             block_BS[row, query], branch_BS[row, query], block_BS[row, key], branch_BS[row, key]
@@ -93,10 +127,10 @@ def block_mask(segment_BS: Tensor, block_BS: Tensor, branch_BS: Tensor) -> Block
         same_sample = (segment == segment_BS[row, key]) & (segment >= 0)
         return (query == key) | ((query >= key) & same_sample & sees)
 
-    rows, length = segment_BS.shape
     # Compiled, it never writes the [S, S] mask down that it summarises.
     create = torch.compile(create_block_mask)
-    return create(is_visible, rows, None, length, length, segment_BS.device)
+    rows = segment_BS.shape[0]
+    return create(is_visible, rows, None, len(queries), len(keys), segment_BS.device)
 
 
 class _BranchCore(MegatronModule):
@@ -138,6 +172,14 @@ class _BranchCore(MegatronModule):
         assert context.rotary_cos is not None and context.rotary_sin is not None
         query = _rotate(query, context.rotary_cos, context.rotary_sin)
         key = _rotate(key, context.rotary_cos, context.rotary_sin)
+        if context.cp_group is not None:
+            # Backward sums the gradients of a key over all ranks whose queries looked at it.
+            gathered = gather_from_sequence_parallel_region(
+                torch.cat((key, value), -1),
+                tensor_parallel_output_grad=True,
+                group=context.cp_group,
+            )
+            key, value = gathered.chunk(2, -1)
         q, k, v = (heads.permute(1, 2, 0, 3) for heads in (query, key, value))
         attended = self._attend(q, k, v, context.visibility)
         return attended.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed import ProcessGroup
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.model.gpt import BranchGPT
 from npr_megatron.model.spec import block_spec
 from npr_megatron.model.transformer_config import ddp_config, transformer_config
+from npr_megatron.records.trajectory import IntArray
 from npr_megatron.runtime.device import current_device, device_type
 from npr_megatron.runtime.process_group import RankPlace
+from npr_megatron.topology.context_slices import own_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,14 @@ class Stage:
     """In the order in which they run."""
     wrapped: tuple[DistributedDataParallel, ...]
     """The same chunks, in the same order, as Megatron trains them."""
+    model: ModelConfig
+    dtype: torch.dtype
+    cp_group: ProcessGroup
+    """The ranks that share this rank's rows."""
+
+    def own_columns(self, length: int) -> IntArray:
+        """Return the offsets in a row of ``length`` tokens that this rank computes."""
+        return own_columns(length, self.cp_group.rank(), self.cp_group.size())
 
 
 def build_stage(
@@ -57,7 +69,9 @@ def build_stage(
         # Gradients are reduced in the backward of the last microbatch only.
         pauses: Any = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = pauses if len(wrapped) > 1 else pauses[0]
-    return Stage(chunks, wrapped)
+    cp_group = parallel_state.get_context_parallel_group()
+    assert isinstance(cp_group, ProcessGroup), "every rank is in one"
+    return Stage(chunks, wrapped, model, dtype, cp_group)
 
 
 def _build_chunk(

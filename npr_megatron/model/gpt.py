@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.model.attention import branch_context
@@ -39,17 +40,26 @@ class BranchGPT(GPTModel):
         return label_logprobs(logits, labels.t().contiguous()).t().contiguous()
 
 
-def stage_inputs(batch: PackedBatch, model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the keyword arguments of a forward pass over ``batch``, on this rank's device.
+def stage_inputs(
+    batch: PackedBatch,
+    own: PackedBatch,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    cp_group: ProcessGroup,
+) -> dict[str, Any]:
+    """Return the keyword arguments of a forward pass over ``own``, on this rank's device.
 
-    The output of that pass is [B, S] fp32 log-probs of ``batch.labels`` on the last stage, and
-    hidden states for the next stage elsewhere.
+    The output of that pass is fp32 log-probs of ``own.labels``, of its shape, on the last stage,
+    and hidden states for the next stage elsewhere.
+
+    Args:
+        own: the tokens of ``batch`` that this rank holds among ``cp_group``.
     """
     device = current_device()
     return {
-        "input_ids": torch.from_numpy(batch.token_ids).to(device, torch.int64),
+        "input_ids": torch.from_numpy(own.token_ids).to(device, torch.int64),
         "position_ids": None,  # already in the context, as angles
         "attention_mask": None,
-        "labels": torch.from_numpy(batch.labels).to(device, torch.int64),
-        "packed_seq_params": branch_context(batch, model, dtype, device),
+        "labels": torch.from_numpy(own.labels).to(device, torch.int64),
+        "packed_seq_params": branch_context(batch, own, model, dtype, device, cp_group),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -72,3 +72,8 @@ class PackedBatch:
     def num_tokens(self) -> int:
         """Tokens that are not padding."""
         return int(np.count_nonzero(self.segment >= 0))
+
+    def take(self, columns: IntArray) -> PackedBatch:
+        """Return the tokens at offsets ``columns`` of every row."""
+        streams = {field.name: getattr(self, field.name)[:, columns] for field in fields(self)}
+        return PackedBatch(**streams)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import LossConfig
+from npr_megatron.model.build import Stage
 from npr_megatron.model.gpt import stage_inputs
 from npr_megatron.records.sample import PackedBatch
 from npr_megatron.runtime.device import current_device
@@ -40,10 +40,8 @@ class Sums:
 
 
 def run_schedule(
-    wrapped: Sequence[torch.nn.Module],
+    stage: Stage,
     batches: Sequence[PackedBatch],
-    model: ModelConfig,
-    dtype: torch.dtype,
     output_fn: Callable[[Tensor, PackedBatch], tuple[Tensor, Tensor, Any]],
     *,
     forward_only: bool,
@@ -51,26 +49,29 @@ def run_schedule(
     """Run Megatron's schedule and return what ``output_fn`` reported, per microbatch.
 
     Args:
-        wrapped: the chunks of this rank's stage, each of which sees every microbatch.
-        batches: this rank's microbatches, all of one shape.
-        output_fn: called on the last stage with label log-probs [B, S] and their microbatch;
-        returns the sum to differentiate, the number of loss tokens, and the report. forward_only:
-        no backward.
+        stage: what this rank runs; each of its chunks sees every microbatch.
+        batches: this rank's microbatches, all of one shape, whole rows.
+        output_fn: called on the last stage with label log-probs [B, S] and their tokens, those
+            that this rank computes of the microbatch; returns the sum to differentiate, the number
+            of loss tokens, and the report.
+        forward_only: no backward.
 
     Returns:
         Reports in order on the last stage, an empty list elsewhere.
     """
-
-    def forward_step(iterator: Iterator[PackedBatch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
-        batch = next(iterator)
-        output = stage(**stage_inputs(batch, model, dtype))
-        return output, lambda logprobs_BS: output_fn(logprobs_BS, batch)
-
     rows, length = batches[0].shape
+    columns = stage.own_columns(length)
+
+    def forward_step(iterator: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        own = batch.take(columns)
+        inputs = stage_inputs(batch, own, stage.model, stage.dtype, stage.cp_group)
+        return chunk(**inputs), lambda logprobs_BS: output_fn(logprobs_BS, own)
+
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in wrapped],
-        model=[*wrapped],
+        data_iterator=[iter(batches) for _ in stage.wrapped],
+        model=[*stage.wrapped],
         num_microbatches=len(batches),
         seq_length=length,
         micro_batch_size=rows,
@@ -78,13 +79,7 @@ def run_schedule(
     )
 
 
-def backward_losses(
-    wrapped: Sequence[torch.nn.Module],
-    batches: Sequence[PackedBatch],
-    loss: LossConfig,
-    model: ModelConfig,
-    dtype: torch.dtype,
-) -> Tensor:
+def backward_losses(stage: Stage, batches: Sequence[PackedBatch], loss: LossConfig) -> Tensor:
     """Accumulate the gradient of ``loss``; return this rank's share for :func:`add_up`.
 
     Megatron divides the accumulated gradient by the loss tokens of the global batch.
@@ -104,7 +99,7 @@ def backward_losses(
         num_tokens = torch.tensor(batch.num_loss_tokens, dtype=torch.int32, device=device)
         return total, num_tokens, report
 
-    reports = run_schedule(wrapped, batches, model, dtype, sum_losses, forward_only=False)
+    reports = run_schedule(stage, batches, sum_losses, forward_only=False)
     if not reports:
         return torch.zeros(4, device=current_device())
     stacked = torch.stack(reports)
@@ -131,16 +126,14 @@ def add_up(share: Tensor, *, counts: bool) -> Sums:
     )
 
 
-def forward_logprobs(
-    wrapped: Sequence[torch.nn.Module],
-    batches: Sequence[PackedBatch],
-    model: ModelConfig,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """Return label log-probs [B, S] of each microbatch on the last stage, nothing elsewhere."""
+def forward_logprobs(stage: Stage, batches: Sequence[PackedBatch]) -> list[Tensor]:
+    """Return label log-probs [B, S] of each microbatch on the last stage, nothing elsewhere.
+
+    S are the columns that this rank computes, see ``Stage.own_columns``.
+    """
 
     def report(policy: Tensor, _: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         return policy.sum(), torch.zeros((), dtype=torch.int32, device=policy.device), policy
 
     with torch.no_grad():
-        return run_schedule(wrapped, batches, model, dtype, report, forward_only=True)
+        return run_schedule(stage, batches, report, forward_only=True)

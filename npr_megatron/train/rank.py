@@ -129,16 +129,16 @@ class TrainerRank:
                 engine's by more than ``TrainerConfig.max_logprob_gap``. The weights are as before.
         """
         optimizer, config = self._begun()
-        parallel, wrapped = self._parallel, self._stage.wrapped
+        parallel = self._parallel
         rate = learning_rate(config, self._step, self._num_steps)
         share = batch.share(self._place.dp_rank, parallel)
         if batch.num_loss_tokens == 0:
             return _result(batch, Sums.nothing(), grad_norm=0.0, learning_rate=rate)
         with device_scope():
-            for chunk in wrapped:
+            for chunk in self._stage.wrapped:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
-            own = backward_losses(wrapped, share, batch.loss, self._model, self._dtype)
+            own = backward_losses(self._stage, share, batch.loss)
             sums = add_up(own, counts=self._place.reports)
             self._check(sums)
             grad_norm = take_step(optimizer, rate, self._step)
@@ -157,9 +157,10 @@ class TrainerRank:
         share = batch.share(self._place.dp_rank, parallel)
         logprobs_MBS = torch.zeros(len(batch.microbatches), *shape, device=current_device())
         with device_scope():
-            own = forward_logprobs(self._stage.wrapped, share, self._model, self._dtype)
+            own = forward_logprobs(self._stage, share)
             if self._place.reports:
-                logprobs_MBS[self._place.dp_rank :: parallel.dp_size] = torch.stack(own)
+                columns = self._stage.own_columns(shape[1])
+                logprobs_MBS[self._place.dp_rank :: parallel.dp_size, :, columns] = torch.stack(own)
             dist.all_reduce(logprobs_MBS)
         return list(logprobs_MBS.cpu().numpy())
 

@@ -84,9 +84,10 @@ def check_microbatches(
             f"{turns}; pack with num_replicas = {parallel.microbatch_multiple}"
         )
     rows, length = next(iter(shapes))
-    if length % parallel.tp_size:
+    if length % parallel.row_slices:
         raise InputError(
-            f"rows of {length} tokens do not divide over tp_size {parallel.tp_size} under sequence "
-            "parallelism; pad rows to a multiple of it"
+            f"rows of {length} tokens do not divide into the {parallel.row_slices} slices of "
+            f"tp_size {parallel.tp_size} and cp_size {parallel.cp_size}; pad rows to a multiple "
+            "of them"
         )
     return rows, length

@@ -122,3 +122,24 @@ def rows_leak() -> None:
         return original(segment.clamp(max=0), block, branch)
 
     attention.dense_mask = leaky
+
+
+def keys_of_other_ranks_are_taken_for_ones_own() -> None:
+    """Context parallelism: gathered keys are masked as if they lay in the order of the row."""
+    import numpy as np
+
+    from npr_megatron.model import attention
+
+    attention.gathered_columns = lambda length, size: np.arange(length, dtype=np.int32)
+
+
+def gradients_of_keys_stay_where_they_were_looked_at() -> None:
+    """Context parallelism: a rank's keys learn from its own queries only."""
+    from npr_megatron.model import attention
+
+    original = attention.gather_from_sequence_parallel_region
+
+    def gather(tensor: Any, *, tensor_parallel_output_grad: bool, group: Any) -> Any:
+        return original(tensor, tensor_parallel_output_grad=False, group=group)
+
+    attention.gather_from_sequence_parallel_region = gather

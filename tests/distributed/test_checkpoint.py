@@ -29,6 +29,7 @@ LAYOUTS = {
     "dp2 overlapped": ParallelConfig(dp_size=2, overlap_data_parallel=True),
     "pp2 vpp2 by string": ParallelConfig(pp_size=2, vpp_size=2, pipeline_layout="E|ttt|t|L"),
     "tp2 dp2": ParallelConfig(tp_size=2, dp_size=2),
+    "cp2": ParallelConfig(cp_size=2),
     "one rank": ParallelConfig(),
 }
 NAMES = [*LAYOUTS]

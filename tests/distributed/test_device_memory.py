@@ -39,12 +39,13 @@ def measure(rank, world_size, init_method, job):
     import torch
 
     trainer = open_rank(rank, world_size, init_method, job)
+    length = job.trainer.row_tokens
     weights = {tensor.untyped_storage().data_ptr() for tensor in trainer.storages.values()}
     saved = {}  # holds what it counts, or a freed address would be counted for two
 
     def save(tensor):
         storage = tensor.untyped_storage()
-        is_mask = tensor.ndim == 4 and tensor.shape[-1] == tensor.shape[-2]
+        is_mask = tensor.ndim == 4 and tensor.shape[1] == 1 and tensor.shape[-1] == length
         if tensor.is_floating_point() and not is_mask and storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage
         return tensor
@@ -64,8 +65,13 @@ def measure(rank, world_size, init_method, job):
 
 @pytest.mark.parametrize(
     "parallel",
-    [ParallelConfig(), ParallelConfig(tp_size=2), ParallelConfig(dp_size=2)],
-    ids=["one rank", "tp2", "dp2"],
+    [
+        ParallelConfig(),
+        ParallelConfig(tp_size=2),
+        ParallelConfig(dp_size=2),
+        ParallelConfig(cp_size=2),
+    ],
+    ids=["one rank", "tp2", "dp2", "cp2"],
 )
 def test_the_estimate_is_what_a_rank_keeps(parallel, tmp_path):
     batches = packed(

@@ -60,6 +60,11 @@ LAYOUTS = {
     "tp2 dp2": layout(tp_size=2, dp_size=2),
     "tp2 dp2 overlapped": layout(tp_size=2, dp_size=2, overlap_data_parallel=True),
     "pp2 dp2 overlapped": layout(pp_size=2, dp_size=2, overlap_data_parallel=True),
+    "cp2": layout(cp_size=2),
+    "cp2 tp2": layout(cp_size=2, tp_size=2),
+    "cp2 pp2": layout(cp_size=2, pp_size=2),
+    "cp2 dp2 overlapped": layout(cp_size=2, dp_size=2, overlap_data_parallel=True),
+    "cp4": layout(cp_size=4),
     "pp2 vpp2 dp2 overlapped": layout(pp_size=2, vpp_size=2, dp_size=2, overlap_data_parallel=True),
 }
 GRADIENT, REPLICAS = "gradient of", "replicas differ"
@@ -73,6 +78,8 @@ FAULTS = {
     planted.gradients_are_divided_by_replicas: ("tp2 dp2", GRADIENT),
     planted.weights_are_read_before_they_are_gathered: ("dp2 overlapped", REPLICAS),
     planted.rows_leak: ("tp2 pp2", GRADIENT),
+    planted.keys_of_other_ranks_are_taken_for_ones_own: ("cp2", GRADIENT),
+    planted.gradients_of_keys_stay_where_they_were_looked_at: ("cp2 tp2", GRADIENT),
 }
 """Where each fault is planted, and what must be said of it: that nothing crashes is its point."""
 

@@ -21,6 +21,7 @@ LAYOUTS = [
     *(ParallelConfig(tp_size=tp, pp_size=pp) for tp in (1, 2) for pp in (1, 2)),
     ParallelConfig(dp_size=2),
     ParallelConfig(tp_size=2, dp_size=2),
+    ParallelConfig(cp_size=2, tp_size=2),
     ParallelConfig(pp_size=2, vpp_size=2),
     ParallelConfig(pp_size=2, vpp_size=2, pipeline_layout="E|ttt|t|L"),
     ParallelConfig(pp_size=3, num_layers_in_first_stage=1, num_layers_in_last_stage=1),

@@ -15,6 +15,35 @@ from tests.distributed.jobs import MODEL
 from tests.distributed.samples import packed
 
 
+def by_predicate(mask, rows):
+    """Return what the predicate of a block mask says of every query and key."""
+    length, num_keys = mask.shape[-2:]
+    index = torch.meshgrid(
+        torch.arange(rows), torch.arange(length), torch.arange(num_keys), indexing="ij"
+    )
+    return mask.mask_mod(index[0], 0, index[1], index[2])
+
+
+def masks_of_slices(rank, world_size, init_method, batch: PackedBatch):
+    """Return the two forms of the mask of each of two context-parallel ranks."""
+    import npr_megatron.model.attention as attention
+    from npr_megatron.runtime.device import install_cuda_stand_in
+    from npr_megatron.topology.context_slices import gathered_columns, own_columns
+    from npr_megatron.topology.visibility import dense_mask
+
+    install_cuda_stand_in()
+    streams = [torch.from_numpy(s) for s in (batch.segment, batch.block, batch.branch)]
+    rows, length = batch.shape
+    keys = torch.from_numpy(gathered_columns(length, 2))
+    pairs = []
+    for slice_rank in range(2):
+        queries = torch.from_numpy(own_columns(length, slice_rank, 2))
+        sparse = attention.block_mask(*streams, queries, keys)
+        dense = dense_mask(*streams)[:, queries][..., keys]
+        pairs.append((by_predicate(sparse, rows).numpy(), dense.numpy()))
+    return pairs
+
+
 def attend_both_ways(rank, world_size, init_method, batch: PackedBatch, device_name: str):
     """Return visibility, outputs and gradients under (dense, flex); gradients on CUDA only."""
     import npr_megatron.model.attention as attention
@@ -27,12 +56,11 @@ def attend_both_ways(rank, world_size, init_method, batch: PackedBatch, device_n
     streams = [
         torch.from_numpy(stream).to(device) for stream in (batch.segment, batch.block, batch.branch)
     ]
-    dense, sparse = dense_mask(*streams), attention.block_mask(*streams)
     rows, length = batch.shape
-    (rows_index, queries, keys) = torch.meshgrid(
-        torch.arange(rows), torch.arange(length), torch.arange(length), indexing="ij"
-    )
-    of_predicate = sparse.mask_mod(rows_index, 0, queries, keys)
+    everything = torch.arange(length, device=device)
+    dense = dense_mask(*streams)
+    sparse = attention.block_mask(*streams, everything, everything)
+    of_predicate = by_predicate(sparse, rows)
 
     cos, sin = attention.rotary_tables(batch, MODEL, torch.float32, device)
     config = SimpleNamespace(kv_channels=MODEL.head_dim)
@@ -63,6 +91,13 @@ def test_block_mask_and_its_attention_equal_the_dense_ones(tmp_path):
     ((dense, sparse, outputs, _),) = run_ranks(attend_both_ways, 1, tmp_path, batch, "cpu")
     np.testing.assert_array_equal(sparse, dense)
     np.testing.assert_allclose(outputs[1], outputs[0], atol=2e-6)
+
+
+def test_the_block_mask_of_a_slice_equals_the_dense_one(tmp_path):
+    batch = packed(5, num_replicas=1, rows_per_microbatch=2)[0]
+    (pairs,) = run_ranks(masks_of_slices, 1, tmp_path, batch)
+    for sparse, dense in pairs:
+        np.testing.assert_array_equal(sparse, dense)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,11 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.jobs import MODEL, Job, train
 from tests.distributed.samples import branched_sample
 
-LAYOUTS = {"one": ParallelConfig(), "tp2_pp2": ParallelConfig(tp_size=2, pp_size=2)}
+LAYOUTS = {
+    "one": ParallelConfig(),
+    "tp2_pp2": ParallelConfig(tp_size=2, pp_size=2),
+    "cp2_tp2": ParallelConfig(cp_size=2, tp_size=2),
+}
 
 
 def may_see(sample: TrainingSample, query: int, key: int) -> bool:

@@ -54,7 +54,8 @@ def test_tokens_are_counted_over_all_microbatches():
             {"dp_size": 2, "pp_size": 2, "vpp_size": 2},
             "over dp_size 2, and over pp_size 2 in turns; pack with num_replicas = 4",
         ),
-        ([microbatch()], {"tp_size": 3}, "rows of 8 tokens do not divide over tp_size 3"),
+        ([microbatch()], {"tp_size": 3}, "rows of 8 tokens do not divide into the 3 slices"),
+        ([microbatch()] * 4, {"tp_size": 4, "cp_size": 2}, "into the 16 slices of tp_size 4"),
     ],
 )
 def test_batches_the_layout_cannot_take_are_refused(microbatches, sizes, complaint):
