@@ -168,6 +168,7 @@ class WatchedChoice(Choice):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
+        self._tokenizer = tokenizer
         self._speller = Speller(tokenizer)
 
     def take(self, events: Sequence[Event]) -> list[Shown]:
@@ -185,7 +186,8 @@ class WatchedChoice(Choice):
                 )
             elif not isinstance(event, FinishEvent):
                 growing.clear()
-                self._speller.turn()
+                if isinstance(event, RestartEvent):
+                    self._speller = Speller(self._tokenizer)
                 shown.append(Shown(tag=_tag_of(event)))
         return shown
 

@@ -22,7 +22,10 @@ class Piece:
 
 
 class Speller:
-    """The text of every stream of one answer, token by token."""
+    """The text of every stream of one answer, token by token.
+
+    Streams end with whole tokens, so those of the next block go on where these have ended.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -36,10 +39,6 @@ class Speller:
         if branch not in self._streams:
             self._streams[branch] = TextStream(self._tokenizer)
         return Piece(self._streams[branch].add(token_id), token_id, logprob, position)
-
-    def turn(self) -> None:
-        """A fork or a join: all streams end, new ones begin."""
-        self._streams.clear()
 
 
 class LinearOrder:
@@ -66,7 +65,6 @@ class LinearOrder:
             case TokenEvent():
                 return self._take_token(event)
             case ForkEvent():
-                self._speller.turn()
                 self._held = [[] for _ in range(event.num_branches)]
                 self._turn = 0
                 self._ended, self._closed = set(), set()
@@ -77,7 +75,6 @@ class LinearOrder:
     def rest(self) -> list[Piece]:
         """Return what is held back: the block, or the answer, has ended."""
         pieces = [piece for held in self._held for piece in held]
-        self._speller.turn()
         self._held = []
         return pieces
 
@@ -106,21 +103,14 @@ def pieces_of(trajectory: Trajectory, tokenizer: Tokenizer) -> list[Piece]:
     """Return the pieces of a finished answer in linear order: those that a stream of it shows."""
     speller = Speller(tokenizer)
     start = trajectory.prompt_length
-    places = zip(trajectory.block[start:].tolist(), trajectory.branch[start:].tolist(), strict=True)
     tokens = zip(
+        trajectory.branch[start:].tolist(),
         trajectory.response_ids.tolist(),
         trajectory.logprobs[start:].tolist(),
         trajectory.position_ids[start:].tolist(),
         strict=True,
     )
-    pieces: list[Piece] = []
-    previous = (0, 0)
-    for place, (token_id, logprob, position) in zip(places, tokens, strict=True):
-        if place != previous:
-            speller.turn()
-        previous = place
-        pieces.append(speller.spell(place[1], token_id, logprob, position))
-    return pieces
+    return [speller.spell(*token) for token in tokens]
 
 
 class StopFilter:

@@ -79,7 +79,7 @@ def test_completions_take_text_ids_and_several_prompts(live):
     texts = [[choice.text for choice in answer.choices] for answer in answers]
     assert texts[0] == texts[1] and texts[2] == texts[3]
     assert texts[2][:2] == texts[0]
-    assert len(set(texts[2])) > 1  # every choice draws its own
+    assert len(set(texts[2])) == 4  # every choice draws its own
     assert [choice.index for choice in answers[2].choices] == [0, 1, 2, 3]
     assert answers[2].usage.prompt_tokens == 2 * len(ids)
     assert texts[0][0] == chat(live, 5).choices[0].message.content

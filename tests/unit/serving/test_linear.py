@@ -168,6 +168,17 @@ def test_what_was_shown_cannot_begin_anew(sums):
     assert told.value.code == "answer_restarted"
 
 
+def test_half_a_character_is_void_when_all_begins_anew(of_bytes):
+    first, second, third = of_bytes.encode("\u2200")
+    letter = of_bytes.encode("a")[0]
+
+    def heard(*ids: int) -> list[Event]:
+        return [TokenEvent("r", 0, 0, 0, i, 0, False, 0.0, 1) for i in ids]
+
+    events = [*heard(first), RestartEvent("r", 2), *heard(first, second, third, letter)]
+    assert WatchedChoice(of_bytes).take(events)[-1].text == "\u2200a"
+
+
 def test_watchers_see_longer_chunks_when_they_read_slowly(told):
     tokenizer, answers = told
     steps, trajectory = max(answers, key=lambda answer: answer[1].num_blocks)
