@@ -378,6 +378,8 @@ class SglangEngine(Engine):
 
     def _take(self, number: int, answer: StageResult) -> None:
         self._num_answers += 1
+        if not self._mailbox.is_sound:
+            return  # a flow may have been left half changed
         try:
             self._conductor.take(number, answer)
         except Exception as error:  # noqa: BLE001 - kept, and raised to every later caller

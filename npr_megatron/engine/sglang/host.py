@@ -109,7 +109,8 @@ class _Host:
         try:
             if ask.number not in self._aborted:
                 async for out in self._manager.generate_request(_request(ask), None):
-                    self._tell(Answer(ask.number, answers.convert(out)))
+                    if answers.is_news(out):
+                        self._tell(Answer(ask.number, answers.convert(out)))
             if not answers.has_ended:
                 self._tell(Answer(ask.number, answers.refusal("aborted before it began")))
         except Exception as error:  # noqa: BLE001 - SGLang refuses requests by raising anything
@@ -162,6 +163,15 @@ class _Answers:
         self._num_told = 0
         self._has_begun = False
         self.has_ended = False
+
+    def is_news(self, out: dict[str, Any]) -> bool:
+        """Return whether ``out`` adds anything to the pieces before it.
+
+        SGLang also tells of a request that it retracts, before its first token even: then not even
+        the log-probs of known tokens are there yet.
+        """
+        meta = out["meta_info"]
+        return meta["finish_reason"] is not None or meta["completion_tokens"] > self._num_told
 
     def convert(self, out: dict[str, Any]) -> StageResult:
         """Return what ``out`` adds to the pieces before it."""

@@ -73,6 +73,11 @@ class Mailbox:
             self._failure = self._failure or error
             self._changed.notify_all()
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing was left by :meth:`fail`."""
+        return self._failure is None
+
     def require_sound(self) -> None:
         """Raise what was left by :meth:`fail`."""
         if self._failure is not None:
