@@ -74,7 +74,8 @@ def _problems_of_server(context: Any) -> list[str]:
         "sparse attention": context.is_dsa,
         "positions of several axes": context.model_config.model_is_mrope,
     }
-    problems = support.option_problems(vars(context.server_args)) + support.model_problems(facts)
+    options = support.options_of(context.server_args)
+    problems = support.option_problems(options) + support.model_problems(facts)
     pool = context.params.token_to_kv_pool_allocator.get_kvcache()
     if not getattr(pool, "use_native_move_kv_cache", False):
         problems.append(

@@ -43,6 +43,10 @@ ATTRIBUTES: Mapping[str, Collection[str]] = {
     _SRT + "model_executor.model_runner.ModelRunner": ["forward_stream"],
     _SRT + "plugins.hook_registry.HookRegistry": ["apply_hooks", "register"],
     _SRT + "sampling.sampling_params.SamplingParams": ["custom_params"],
+    _SRT + "server_args.ServerArgs": [
+        "disable_radix_cache", "disaggregation_mode", "enable_hierarchical_cache", "enable_lora",
+        "page_size", "pp_size", "speculative_algorithm",
+    ],
 }  # fmt: skip
 """By qualified name of their owner."""
 
@@ -111,6 +115,11 @@ def option_problems(options: Mapping[str, Any]) -> list[str]:
         for name, (needed, why) in _REQUIRED.items()
         if name in options and options[name] not in _SAME.get(needed, {needed})
     ]
+
+
+def options_of(server_args: Any) -> dict[str, Any]:
+    """Return the options of a ``ServerArgs`` that matter here; a version may lack some."""
+    return {name: getattr(server_args, name) for name in _REQUIRED if hasattr(server_args, name)}
 
 
 def model_problems(facts: Mapping[str, bool]) -> list[str]:

@@ -52,6 +52,15 @@ def test_an_option_in_the_way_is_refused_by_name(name, value):
     assert problem.startswith(f"{name} is {value!r}")
 
 
+def test_options_are_read_whatever_keeps_them():
+    class Slotted:
+        __slots__ = ("page_size", "port", "pp_size")
+
+    args = Slotted()
+    args.page_size, args.pp_size, args.port = 16, 1, 30000
+    assert support.options_of(args) == {"page_size": 16, "pp_size": 1}
+
+
 def test_all_options_in_the_way_are_said_at_once():
     problems = support.option_problems(GOOD | {"page_size": 16, "pp_size": 2})
     assert [problem.split()[0] for problem in problems] == ["page_size", "pp_size"]
