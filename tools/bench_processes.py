@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,13 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process with its parent: frozen, it would not see it go."""
+    ctypes.CDLL("libc.so.6", use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class FrozenProcess:
@@ -41,6 +50,7 @@ class FrozenProcess:
             text=True,
             env={**os.environ, **environment},
             pass_fds=[other_end],
+            preexec_fn=_end_with_parent,
         )
         os.close(other_end)
         self._answers = os.fdopen(answers)

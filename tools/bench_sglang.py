@@ -71,11 +71,11 @@ class Sizes:
 
     in_flight: int = 16
     """Rollouts at once."""
-    num_rollouts: int = 64
+    num_rollouts: int = 32
     prompt_tokens: int = 256
     branches: tuple[int, ...] = (2, 3, 4, 5)
     step_tokens: int = 32
-    num_alone: int = 4
+    num_alone: int = 3
     """Rollouts one after another, for latency and joins."""
     join_tokens: tuple[int, ...] = (32, 256)
     """Tokens per branch of the blocks whose joins are timed."""
@@ -255,7 +255,7 @@ def _table(figures: Sequence[Figure]) -> Table:
 def _arguments() -> argparse.Namespace:
     options = argparse.ArgumentParser(description="Measure native branches on SGLang.")
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    options.add_argument("--repeats", type=int, default=5, help="turns of each side, best kept")
+    options.add_argument("--repeats", type=int, default=3, help="turns of each side, best kept")
     options.add_argument("--quick", action="store_true", help="tiny sizes, to see that all runs")
     options.add_argument("--json", action="store_true")
     return options.parse_args()

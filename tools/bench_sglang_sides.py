@@ -18,7 +18,7 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.engine.events import Event, JoinEvent, TokenEvent
 from npr_megatron.engine.interface import Engine
-from npr_megatron.engine.sglang.conductor import Conductor
+from npr_megatron.engine.sglang.client.conductor import Conductor
 from npr_megatron.engine.sglang.engine import SglangEngine
 from npr_megatron.engine.sglang.options import DeviceType
 from npr_megatron.engine.sglang.stage import Stage, StageResult

@@ -71,7 +71,7 @@ def slots_needed(request: GenerationRequest, config: EngineConfig) -> int:
         case "embedded":
             return len(request.prompt_ids) + request.max_new_tokens + 1
         case "sglang":
-            from npr_megatron.engine.sglang.reservations import pool_for
+            from npr_megatron.engine.sglang.client.reservations import pool_for
 
             return pool_for(request, config)
 

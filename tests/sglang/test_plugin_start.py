@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from npr_megatron.engine.sglang import support
+from npr_megatron.engine.sglang.scheduler import support
 
 ENGINE = """
 import sys, sglang
@@ -35,8 +35,8 @@ assert "npr" in registered_radix_cache_backends()
 calls = Sampler.forward, Req.update_finish_state, ForwardBatch.init_new
 assert not any(hasattr(call, "__wrapped__") for call in calls)
 
-from npr_megatron.engine.sglang import plugin
-from npr_megatron.engine.sglang.orders import OrderBook
+from npr_megatron.engine.sglang.scheduler import plugin
+from npr_megatron.engine.sglang.scheduler.orders import OrderBook
 from npr_megatron.errors import EnvironmentFault
 
 target = "sglang.srt.managers.schedule_batch.Req.update_finish_state"

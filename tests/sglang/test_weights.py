@@ -20,16 +20,16 @@ from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.engine.sglang import controls
-from npr_megatron.engine.sglang.broadcast import Broadcaster, Meeting, digest_of
+from npr_megatron.engine.sglang.client.server import Server
+from npr_megatron.engine.sglang.client.thread import LoopThread
 from npr_megatron.engine.sglang.options import (
     server_environment,
     server_options,
     usable_cores,
     write_model_folder,
 )
-from npr_megatron.engine.sglang.pushed_weights import PushedWeights
-from npr_megatron.engine.sglang.server import Server
-from npr_megatron.engine.sglang.thread import LoopThread
+from npr_megatron.engine.sglang.weights.broadcast import Broadcaster, Meeting, digest_of
+from npr_megatron.engine.sglang.weights.pushed_weights import PushedWeights
 from npr_megatron.errors import EngineLost, EnvironmentFault, LayoutError, StaleWeightsError
 from npr_megatron.weights.checkpoints.hf import write_hf
 from npr_megatron.weights.executors.shared_memory import Publisher

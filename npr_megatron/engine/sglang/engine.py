@@ -1,11 +1,11 @@
 """The engine that computes with SGLang: the same trajectories, by stages.
 
-SGLang runs in a process of its own (``server``, ``host``), driven from a thread of this one that
-never waits for a caller. Everything that looks at flows happens in that thread; callers of ``step``
-are handed what it posted: events for their listeners and trajectories that ended.
+SGLang runs in a process of its own (``host``), driven from a thread of this one that never waits
+for a caller. Everything that looks at flows happens in that thread; callers of ``step`` are handed
+what it posted: events for their listeners and trajectories that ended.
 
-Weights lie twice in host memory that SGLang's ranks map (``host_weights``); a push fills one copy
-while the other one is served, and the ranks take their parts between two stages.
+Weights lie twice in host memory that SGLang's ranks map (``weights``); a push fills one copy while
+the other one is served, and the ranks take their parts between two stages.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from npr_megatron.engine.events import Event
 from npr_megatron.engine.flow.flow import Flow, Teacher
 from npr_megatron.engine.intake import refusals
 from npr_megatron.engine.interface import Engine
-from npr_megatron.engine.sglang.conductor import Conductor
-from npr_megatron.engine.sglang.jobs import Era, FlowJob, ScoreJob
+from npr_megatron.engine.sglang.client.conductor import Conductor
+from npr_megatron.engine.sglang.client.jobs import Era, FlowJob, ScoreJob
+from npr_megatron.engine.sglang.client.reservations import (
+    room_problems,
+    slots_of,
+    usable_slots,
+)
+from npr_megatron.engine.sglang.client.server import Server
+from npr_megatron.engine.sglang.client.stages import draw_problems
+from npr_megatron.engine.sglang.client.stops import Stops
+from npr_megatron.engine.sglang.client.switch import Switch
+from npr_megatron.engine.sglang.client.thread import LoopThread, Mailbox
 from npr_megatron.engine.sglang.options import (
     server_environment,
     server_options,
     usable_cores,
     write_model_folder,
 )
-from npr_megatron.engine.sglang.pushed_weights import PushedWeights
-from npr_megatron.engine.sglang.reservations import (
-    room_problems,
-    slots_of,
-    usable_slots,
-)
-from npr_megatron.engine.sglang.server import Server
 from npr_megatron.engine.sglang.stage import StageResult
-from npr_megatron.engine.sglang.stages import draw_problems
-from npr_megatron.engine.sglang.stops import Stops
-from npr_megatron.engine.sglang.switch import Switch
-from npr_megatron.engine.sglang.thread import LoopThread, Mailbox
+from npr_megatron.engine.sglang.weights.pushed_weights import PushedWeights
 from npr_megatron.engine.stats import EngineStats
 from npr_megatron.errors import (
     ConfigError,
@@ -313,11 +313,7 @@ class SglangEngine(Engine):
         return self._weights.staging()
 
     def seal(self) -> None:
-        """Check what was staged beforehand, so that ``commit`` takes no longer than a copy.
-
-        Raises:
-            DivergenceError: a storage holds NaN or infinity; fill ``staging()`` anew.
-        """
+        """Check what was staged beforehand; see :meth:`Engine.seal`."""
         self._weights.seal()
 
     def commit(self, version: int) -> None:

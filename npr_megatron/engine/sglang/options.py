@@ -18,7 +18,7 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.sglang.stage import CACHE_BACKEND
 from npr_megatron.weights.checkpoints.hf_config import hf_config
 
-WEIGHT_LOADER = "npr_megatron.engine.sglang.loader.load"
+WEIGHT_LOADER = "npr_megatron.engine.sglang.weights.loader.load"
 """Dotted path of what writes pushed weights into a rank's parameters."""
 NO_VERSION = -1
 """Weight version of an engine that nothing was pushed to."""

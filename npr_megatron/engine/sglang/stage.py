@@ -4,8 +4,8 @@ A trajectory is decoded as a sequence of stages: a piece of the trunk up to ``</
 branches of a block, each behind the trunk; their *seals*, which compute the keys and values of
 ``</step>`` and its newline; the next piece of the trunk, behind the joined branches. What makes
 them more than plain text travels in a request's ``custom_params``, which SGLang carries to its
-scheduler unread. The client (``driver``) writes stages, the plugin (``plugin``) obeys them; this
-module is all they share, and imports neither torch nor SGLang.
+scheduler unread. The client (``client.driver``) writes stages, the plugin (``scheduler.plugin``)
+obeys them; this module is all they share, and imports neither torch nor SGLang.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.engine.backends import create_engine, slots_needed, storages_of
 from npr_megatron.engine.embedded import EmbeddedEngine
-from npr_megatron.engine.sglang.reservations import room_problems
+from npr_megatron.engine.sglang.client.reservations import room_problems
 from npr_megatron.errors import ConfigError, EnvironmentFault
 from npr_megatron.records.trajectory import DecodeMode
 from tests.engines import TINY, request_for

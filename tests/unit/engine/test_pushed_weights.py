@@ -15,10 +15,10 @@ from torch import nn
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.engine.sglang import weight_sync
-from npr_megatron.engine.sglang.broadcast import digest_of
-from npr_megatron.engine.sglang.loader import load
-from npr_megatron.engine.sglang.pushed_weights import PushedWeights
+from npr_megatron.engine.sglang.weights import weight_sync
+from npr_megatron.engine.sglang.weights.broadcast import digest_of
+from npr_megatron.engine.sglang.weights.loader import load
+from npr_megatron.engine.sglang.weights.pushed_weights import PushedWeights
 from npr_megatron.errors import (
     DivergenceError,
     EngineLost,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npr_megatron.config.engine import EngineConfig
-from npr_megatron.engine.sglang.reservations import (
+from npr_megatron.engine.sglang.client.reservations import (
     Reservations,
     room_problems,
     slots_of,

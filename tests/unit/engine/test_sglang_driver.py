@@ -11,11 +11,11 @@ import pytest
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.engine.events import Event
 from npr_megatron.engine.flow.flow import Flow, Teacher
-from npr_megatron.engine.sglang.conductor import Conductor
-from npr_megatron.engine.sglang.jobs import Era, FlowJob, ScoreJob
-from npr_megatron.engine.sglang.reservations import slots_of, usable_slots
-from npr_megatron.engine.sglang.stops import Stops
-from npr_megatron.engine.sglang.thread import News
+from npr_megatron.engine.sglang.client.conductor import Conductor
+from npr_megatron.engine.sglang.client.jobs import Era, FlowJob, ScoreJob
+from npr_megatron.engine.sglang.client.reservations import slots_of, usable_slots
+from npr_megatron.engine.sglang.client.stops import Stops
+from npr_megatron.engine.sglang.client.thread import News
 from npr_megatron.records.request import GenerationRequest, RefusalPolicy
 from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
 from npr_megatron.schema.grammar import Grammar

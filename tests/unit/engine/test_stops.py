@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from npr_megatron.engine.sglang.stops import Stops
+from npr_megatron.engine.sglang.client.stops import Stops
 from npr_megatron.schema.grammar import Grammar
 from npr_megatron.schema.tags import Tag
 from npr_megatron.topology.layout import layout_of

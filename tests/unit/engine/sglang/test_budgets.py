@@ -2,7 +2,7 @@
 
 import random
 
-from npr_megatron.engine.sglang.budgets import BudgetBook, RoundBudget
+from npr_megatron.engine.sglang.scheduler.budgets import BudgetBook, RoundBudget
 from npr_megatron.engine.sglang.stage import Budget
 
 

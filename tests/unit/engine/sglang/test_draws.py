@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from npr_megatron.engine.sglang.draws import Draws
+from npr_megatron.engine.sglang.scheduler.draws import Draws
 from npr_megatron.engine.sglang.stage import UNTAUGHT, Draw, Orders, Stage
 from npr_megatron.records.randomness import branch_key, uniforms
 

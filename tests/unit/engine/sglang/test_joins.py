@@ -2,7 +2,7 @@
 
 from array import array
 
-from npr_megatron.engine.sglang.joins import branch_paths
+from npr_megatron.engine.sglang.scheduler.joins import branch_paths
 
 
 def test_each_branch_stands_behind_the_trunk_alone():

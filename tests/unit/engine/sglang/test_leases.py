@@ -2,7 +2,7 @@
 
 import pytest
 
-from npr_megatron.engine.sglang.leases import Leases
+from npr_megatron.engine.sglang.scheduler.leases import Leases
 
 
 @pytest.fixture

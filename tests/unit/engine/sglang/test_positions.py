@@ -2,7 +2,7 @@
 
 import torch
 
-from npr_megatron.engine.sglang.positions import Offsets
+from npr_megatron.engine.sglang.scheduler.positions import Offsets
 
 
 def test_a_prefill_shifts_every_token_of_a_request():

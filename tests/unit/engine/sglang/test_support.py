@@ -2,7 +2,7 @@
 
 import pytest
 
-from npr_megatron.engine.sglang import support
+from npr_megatron.engine.sglang.scheduler import support
 
 GOOD = {
     "page_size": 1,
@@ -81,12 +81,12 @@ def test_missing_attributes_are_named_with_their_owner():
 
 
 def test_attributes_are_those_of_the_class_its_fields_and_what_its_initialiser_sets():
-    names = support.attributes_of("npr_megatron.engine.sglang.leases.Leases")
+    names = support.attributes_of("npr_megatron.engine.sglang.scheduler.leases.Leases")
     assert names is not None
     assert {"hold", "_timeout_s"} <= names
     assert "gone" not in names
     fields = support.attributes_of("npr_megatron.engine.sglang.stage.Draw")
     assert fields is not None
     assert "first_index" in fields
-    assert support.attributes_of("npr_megatron.engine.sglang.leases.Gone") is None
+    assert support.attributes_of("npr_megatron.engine.sglang.scheduler.leases.Gone") is None
     assert support.attributes_of("npr_megatron.gone") is None

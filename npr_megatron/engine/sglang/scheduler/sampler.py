@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from npr_megatron.engine.compute.sampler import SamplingRows, draw_with_totals
-from npr_megatron.engine.sglang.draws import Draws
+from npr_megatron.engine.sglang.scheduler.draws import Draws
 from npr_megatron.engine.sglang.stage import UNTAUGHT
 
 _DRAWS = "npr_draws"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from npr_megatron.engine.sglang.rows import Run, Step, walk
+from npr_megatron.engine.sglang.client.rows import Run, Step, walk
 from npr_megatron.engine.sglang.stage import Stage
 from npr_megatron.records.trajectory import FloatArray, Trajectory
 

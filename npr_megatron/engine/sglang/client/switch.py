@@ -6,9 +6,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
 from npr_megatron.engine.sglang import controls
-from npr_megatron.engine.sglang.conductor import Conductor
-from npr_megatron.engine.sglang.jobs import Era, FlowJob
-from npr_megatron.engine.sglang.pushed_weights import PushedWeights
+from npr_megatron.engine.sglang.client.conductor import Conductor
+from npr_megatron.engine.sglang.client.jobs import Era, FlowJob
+from npr_megatron.engine.sglang.weights.pushed_weights import PushedWeights
 
 
 class Switch:

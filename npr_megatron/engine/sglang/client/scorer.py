@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from npr_megatron.engine.sglang.driver import Desk
-from npr_megatron.engine.sglang.replay import Scored, no_logprobs, scoring
-from npr_megatron.engine.sglang.rows import Run
+from npr_megatron.engine.sglang.client.driver import Desk
+from npr_megatron.engine.sglang.client.replay import Scored, no_logprobs, scoring
+from npr_megatron.engine.sglang.client.rows import Run
 from npr_megatron.engine.sglang.stage import Stage, StageResult
 from npr_megatron.records.trajectory import Trajectory
 

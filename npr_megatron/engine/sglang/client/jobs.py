@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.engine.events import Event, Watcher
 from npr_megatron.engine.flow.flow import Flow
-from npr_megatron.engine.sglang.driver import Desk, Driver
-from npr_megatron.engine.sglang.reservations import scoring_slots
-from npr_megatron.engine.sglang.rows import recorded_runs
-from npr_megatron.engine.sglang.scorer import Scorer
-from npr_megatron.engine.sglang.stops import Stops
-from npr_megatron.engine.sglang.thread import News
+from npr_megatron.engine.sglang.client.driver import Desk, Driver
+from npr_megatron.engine.sglang.client.reservations import scoring_slots
+from npr_megatron.engine.sglang.client.rows import recorded_runs
+from npr_megatron.engine.sglang.client.scorer import Scorer
+from npr_megatron.engine.sglang.client.stops import Stops
+from npr_megatron.engine.sglang.client.thread import News
 from npr_megatron.records.trajectory import FinishReason, FloatArray, Trajectory
 
 

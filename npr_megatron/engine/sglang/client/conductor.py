@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from npr_megatron.config.engine import EngineConfig
-from npr_megatron.engine.sglang.reservations import Reservations
+from npr_megatron.engine.sglang.client.reservations import Reservations
 from npr_megatron.engine.sglang.stage import Stage, StageResult
 from npr_megatron.errors import EnvironmentFault
 

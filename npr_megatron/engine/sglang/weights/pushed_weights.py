@@ -27,11 +27,11 @@ from torch import Tensor
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.engine.sglang import weight_sync
-from npr_megatron.engine.sglang.broadcast import Meeting, buckets_of
-from npr_megatron.engine.sglang.handover import Means, Order, Reports
-from npr_megatron.engine.sglang.host_weights import HostWeights
-from npr_megatron.engine.sglang.weight_sync import Bucket, Stamping
+from npr_megatron.engine.sglang.weights import weight_sync
+from npr_megatron.engine.sglang.weights.broadcast import Meeting, buckets_of
+from npr_megatron.engine.sglang.weights.handover import Means, Order, Reports
+from npr_megatron.engine.sglang.weights.host_weights import HostWeights
+from npr_megatron.engine.sglang.weights.weight_sync import Bucket, Stamping
 from npr_megatron.errors import EngineLost, LayoutError, StaleWeightsError
 from npr_megatron.weights.checkpoints.hf import read_hf
 from npr_megatron.weights.digest import digest_box

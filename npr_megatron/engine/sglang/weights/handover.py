@@ -17,7 +17,7 @@ from torch import Tensor
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
-from npr_megatron.engine.sglang.shared_bytes import SharedBytes, writable_memory
+from npr_megatron.engine.sglang.weights.shared_bytes import SharedBytes, writable_memory
 from npr_megatron.errors import EnvironmentFault
 from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.publication import Publication

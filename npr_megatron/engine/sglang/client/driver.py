@@ -25,18 +25,18 @@ from types import MappingProxyType
 from typing import Protocol
 
 from npr_megatron.engine.flow.flow import Flow, Stream
-from npr_megatron.engine.sglang.lines import Line, Received, Scores
-from npr_megatron.engine.sglang.replay import replay
-from npr_megatron.engine.sglang.rows import Row, runs_of
-from npr_megatron.engine.sglang.stage import Stage, StageResult
-from npr_megatron.engine.sglang.stages import (
+from npr_megatron.engine.sglang.client.lines import Line, Received, Scores
+from npr_megatron.engine.sglang.client.replay import replay
+from npr_megatron.engine.sglang.client.rows import Row, runs_of
+from npr_megatron.engine.sglang.client.stages import (
     block_row,
     decode_stage,
     fork_row,
     seal_stage,
     trunk_row,
 )
-from npr_megatron.engine.sglang.stops import Stops
+from npr_megatron.engine.sglang.client.stops import Stops
+from npr_megatron.engine.sglang.stage import Stage, StageResult
 from npr_megatron.errors import EnvironmentFault
 from npr_megatron.records.request import RefusalPolicy
 from npr_megatron.records.trajectory import FinishReason

@@ -16,7 +16,7 @@ from torch import Tensor
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.intake import unfit_numbers, weight_problems
 from npr_megatron.engine.sglang.options import NO_VERSION
-from npr_megatron.engine.sglang.shared_bytes import SharedBytes
+from npr_megatron.engine.sglang.weights.shared_bytes import SharedBytes
 from npr_megatron.errors import DivergenceError, LayoutError, StaleWeightsError
 from npr_megatron.weights.digest import Census, census_of, digest_box, digests
 from npr_megatron.weights.executors.slots import SlotHeader, Slots, slot_bytes

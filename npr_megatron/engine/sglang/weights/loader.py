@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from npr_megatron.engine.sglang.handover import Means, Order
-from npr_megatron.engine.sglang.shared_bytes import writable_memory
+from npr_megatron.engine.sglang.weights.handover import Means, Order
+from npr_megatron.engine.sglang.weights.shared_bytes import writable_memory
 from npr_megatron.errors import LayoutError, StaleWeightsError
 from npr_megatron.weights.executors.cuda_ipc import DeviceReceiver
 from npr_megatron.weights.executors.inproc import Move, moves_of, run_moves

@@ -38,9 +38,9 @@ from sglang.srt.mem_cache.unified_radix_cache import (  # pyright: ignore[report
 )
 from torch import Tensor
 
-from npr_megatron.engine.sglang.joins import branch_paths
-from npr_megatron.engine.sglang.leases import Leases
-from npr_megatron.engine.sglang.orders import OrderBook
+from npr_megatron.engine.sglang.scheduler.joins import branch_paths
+from npr_megatron.engine.sglang.scheduler.leases import Leases
+from npr_megatron.engine.sglang.scheduler.orders import OrderBook
 from npr_megatron.engine.sglang.stage import KV_LOST, Orders
 
 _MATCHES_PER_LOOK = 1024

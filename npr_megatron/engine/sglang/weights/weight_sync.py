@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npr_megatron.engine.sglang.broadcast import Meeting
-from npr_megatron.engine.sglang.handover import Order
 from npr_megatron.engine.sglang.options import WEIGHT_LOADER
+from npr_megatron.engine.sglang.weights.broadcast import Meeting
+from npr_megatron.engine.sglang.weights.handover import Order
 from npr_megatron.errors import EnvironmentFault
 
 _NEEDED = (

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from npr_megatron.engine.flow.flow import Flow, Teacher
-from npr_megatron.engine.sglang.lines import Line
-from npr_megatron.engine.sglang.rows import Row, runs_of
+from npr_megatron.engine.sglang.client.lines import Line
+from npr_megatron.engine.sglang.client.rows import Row, runs_of
+from npr_megatron.engine.sglang.client.stops import Stops
 from npr_megatron.engine.sglang.stage import UNTAUGHT, Budget, Draw, Stage
-from npr_megatron.engine.sglang.stops import Stops
 from npr_megatron.records.randomness import branch_key
 from npr_megatron.records.request import GenerationRequest
 from npr_megatron.schema.tags import Vocabulary

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from npr_megatron.engine.sglang import cpu_sizes, support
+from npr_megatron.engine.sglang.scheduler import cpu_sizes, support
 from npr_megatron.engine.sglang.stage import CACHE_BACKEND
 from npr_megatron.errors import EnvironmentFault
 
@@ -56,7 +56,7 @@ def _build_cache(context: Any) -> Any:
         create_unified_radix_cache,
     )
 
-    from npr_megatron.engine.sglang.radix_cache import NprRadixCache
+    from npr_megatron.engine.sglang.scheduler.radix_cache import NprRadixCache
 
     cache = create_unified_radix_cache(context, cache_class=NprRadixCache)
     cache.forward_stream = context.tp_worker.model_runner.forward_stream
@@ -98,8 +98,8 @@ def _apply_hooks(orders: Any) -> None:
         HookType,
     )
 
-    from npr_megatron.engine.sglang.hooks import BatchHook, BudgetHook
-    from npr_megatron.engine.sglang.sampler import sample
+    from npr_megatron.engine.sglang.scheduler.hooks import BatchHook, BudgetHook
+    from npr_megatron.engine.sglang.scheduler.sampler import sample
 
     hooks: dict[str, tuple[Callable[..., Any], HookType]] = {
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": (

@@ -8,11 +8,11 @@ from sglang.srt.managers.schedule_batch import (  # pyright: ignore[reportMissin
     FINISH_LENGTH,
 )
 
-from npr_megatron.engine.sglang.budgets import BudgetBook
-from npr_megatron.engine.sglang.draws import Draws
-from npr_megatron.engine.sglang.orders import OrderBook
-from npr_megatron.engine.sglang.positions import Offsets
-from npr_megatron.engine.sglang.sampler import attach
+from npr_megatron.engine.sglang.scheduler.budgets import BudgetBook
+from npr_megatron.engine.sglang.scheduler.draws import Draws
+from npr_megatron.engine.sglang.scheduler.orders import OrderBook
+from npr_megatron.engine.sglang.scheduler.positions import Offsets
+from npr_megatron.engine.sglang.scheduler.sampler import attach
 
 
 class BatchHook:

@@ -1,0 +1,1 @@
+"""What drives SGLang from outside: trajectories as stages."""

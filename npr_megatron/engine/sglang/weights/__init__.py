@@ -1,0 +1,1 @@
+"""How weights reach SGLang's ranks, whole and proven."""
