@@ -25,12 +25,17 @@ class Era:
     version: int
     """Of the live weights."""
     num_distrusts: int = 0
-    """How often those of before were given up without new weights."""
+    """How often those of before were given up, for new weights or without."""
 
     @property
     def name(self) -> str:
         """Prefix of every namespace."""
         return f"{self.version}.{self.num_distrusts}"
+
+    def turn(self, version: int) -> None:
+        """Begin anew with other weights; their version may be one that was live before."""
+        self.version = version
+        self.num_distrusts += 1
 
 
 class FlowJob:

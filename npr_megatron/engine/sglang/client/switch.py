@@ -60,7 +60,7 @@ class Switch:
         self._run(self._resume(version))
 
     async def _resume(self, version: int) -> None:
-        self._era.version = version
+        self._era.turn(version)
         for job in self._unfinished():
             if self._kv_after_push == "drop":
                 job.start_again()
@@ -80,7 +80,7 @@ class Switch:
         self._conductor.hold()
 
     async def _enter(self, version: int) -> None:
-        self._era.version = version
+        self._era.turn(version)
         for job in self._unfinished():
             job.enter(version)
 
