@@ -262,7 +262,7 @@ def replayed(trajectory: Trajectory, backend: Backend) -> Trajectory:
     engine.add(request, teacher_of_labels(trajectory.response_ids, *labels))
     for version in versions_of(trajectory):
         if version != engine.weight_version:
-            backend.load(engine, random_weights(MODEL, version), version)
+            engine.load(random_weights(MODEL, version), version)
         if finished := engine.step():
             return finished[0]
     raise AssertionError("a replay takes as many steps as it has tokens")
