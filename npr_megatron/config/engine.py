@@ -13,7 +13,7 @@ class SglangConfig(Section):
     """What only the SGLang backend has."""
 
     overlap: bool = True
-    """Schedule the next batch while one is computed."""
+    """Schedule the next batch while one is computed. Not with ``kv_after_push = "keep"``."""
     cuda_graphs: bool = True
     """Capture decoding steps; without a GPU there is nothing to capture."""
     attention_backend: str | None = None

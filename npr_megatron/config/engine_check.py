@@ -67,6 +67,12 @@ def _sglang(engine: EngineConfig, device: DeviceType) -> Iterator[str]:
             f'engine.weights is "{engine.weights}" and the SGLang backend computes with weights as '
             'they are trained; set engine.weights = "as_trained", or engine.backend = "embedded"'
         )
+    if engine.kv_after_push == "keep" and engine.sglang.overlap:
+        yield (
+            'engine.kv_after_push is "keep" and SGLang, when it schedules ahead, says of tokens '
+            "computed just before a push that they are of the new weights; set "
+            'engine.sglang.overlap = false, or kv_after_push = "recompute" or "drop"'
+        )
     if attention is not None and attention not in allowed:
         yield (
             f'engine.sglang.attention_backend is "{attention}" and joined branches need kernels '

@@ -101,14 +101,14 @@ BACKENDS = [
         vocabulary=SMALL,
     ),
     Backend(
-        name="sglang, no overlap, recompute",
-        config=_sglang(overlap=False, kv_after_push="recompute"),
-        vocabulary=SPLIT,
+        name="sglang, no overlap, keep",
+        config=_sglang(overlap=False, kv_after_push="keep"),
+        vocabulary=SMALL,
     ),
     Backend(
-        name="sglang, tp 2, overlap, keep",
-        config=_sglang(overlap=True, tp_size=2, kv_after_push="keep"),
-        vocabulary=SMALL,
+        name="sglang, tp 2, overlap, recompute",
+        config=_sglang(overlap=True, tp_size=2, kv_after_push="recompute"),
+        vocabulary=SPLIT,
     ),
 ]
 

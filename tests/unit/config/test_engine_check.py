@@ -38,6 +38,7 @@ def test_a_model_that_can_be_cut_has_no_problem(tp_size):
     [
         (EngineConfig(tp_size=2), "cpu", "the embedded backend is cut by torchrun"),
         (sglang(weights="fp8"), "cpu", 'engine.weights is "fp8"'),
+        (sglang(kv_after_push="keep"), "cpu", "set engine.sglang.overlap = false"),
         (sglang(sglang={"attention_backend": "fa3"}), "cpu", "on cpu one of torch_native"),
         (sglang(sglang={"attention_backend": "trtllm_mha"}), "cuda", "row by row, on cuda one of"),
         (sglang(sglang={"attention_backend": "fa3"}), "cuda", "computes in 16 bits"),
@@ -55,6 +56,11 @@ def test_what_a_backend_cannot_do_is_named(engine, device, said):
 def test_models_that_sglang_was_not_proven_for_are_named(changed):
     (problem,) = engine_problems(sglang(), MODEL.model_copy(update=changed), "cpu")
     assert "proven for dense Qwen3 only" in problem
+
+
+def test_keys_and_values_are_kept_where_nothing_is_scheduled_ahead():
+    engine = sglang(kv_after_push="keep", sglang={"overlap": False})
+    assert engine_problems(engine, MODEL, "cpu") == []
 
 
 def test_all_problems_are_told_together():
