@@ -46,6 +46,8 @@ CASES = [
 
 def forward(rank, world_size, init_method, jobs: list[Forward]):
     """Return [B, S] log-probs of the labels of every batch of every job."""
+    from megatron.core import parallel_state
+
     from npr_megatron.model.gpt import stage_inputs
     from npr_megatron.model.storages import stage_storages
     from npr_megatron.runtime import process_group
@@ -65,7 +67,10 @@ def forward(rank, world_size, init_method, jobs: list[Forward]):
             chunks = build_chunks(job.model, job.parallel)
             layout = trainer_layout(job.model, job.parallel).ranks[rank]
             load_tiles(layout, read_hf(job.folder, job.model).read, stage_storages(chunks))
-            inputs = [stage_inputs(batch, job.model, torch.float32) for batch in job.batches]
+            alone = parallel_state.get_context_parallel_group()
+            inputs = [
+                stage_inputs(batch, batch, job.model, torch.float32, alone) for batch in job.batches
+            ]
             found.append([chunks[0].eval()(**each).numpy() for each in inputs])
             process_group.stop()
     return found
