@@ -61,6 +61,7 @@ def server_options(
         "load_format": "dummy",  # weights are pushed
         "custom_weight_loader": [WEIGHT_LOADER],
         "weight_version": str(NO_VERSION),
+        "sleep_on_idle": True,  # otherwise every rank of an idle engine takes a whole core
         "random_seed": 0,
         "log_level": "error",
     }
