@@ -33,10 +33,18 @@ fi
 PIP = "python -m pip install -qq --disable-pip-version-check"
 SIDE_BY_SIDE = ("tests/architecture", "tests/examples", "tests/parity", "tests/unit")
 TOGETHER = f"python -m pytest {' '.join(SIDE_BY_SIDE)} -n logical --maxprocesses 4 --dist worksteal"
-WITH_RAY = ("tests/chaos", "tests/end_to_end", "tests/ray")
+WITH_RAY = ("tests/end_to_end", "tests/ray")
+BY_THE_CLOCK = ("tests/chaos",)
+NAMED = (*SIDE_BY_SIDE, *WITH_RAY, *BY_THE_CLOCK)
+CLOCK = f"python -m pytest {' '.join(BY_THE_CLOCK)}"
 RAY = f"python -m pytest {' '.join(WITH_RAY)}"
-OTHERS = f"python -m pytest {' '.join(f'--ignore={x}' for x in (*SIDE_BY_SIDE, *WITH_RAY))}"
-PARTS = {"side by side": TOGETHER, "with many processes": OTHERS, "with Ray": RAY}
+OTHERS = f"python -m pytest {' '.join(f'--ignore={folder}' for folder in NAMED)}"
+PARTS = {
+    "side by side": TOGETHER,
+    "with many processes": OTHERS,
+    "with Ray": RAY,
+    "by the clock": CLOCK,
+}
 
 
 @pytest.fixture
@@ -184,7 +192,7 @@ def test_where_sglang_cannot_be_had_the_reason_is_one_line_and_the_tests_run(
     assert (code, said[: 27 + len(reason)]) == (3, f"SGLang cannot be had here: {reason}")
     assert (checkout / ".venv/.sglang-missing").read_text() == f"{said}\n"
     code, called, output = call(checkout, "tools/test", **fails)
-    assert (code, called[-3], set(called[-2:])) == (0, TOGETHER, {OTHERS, RAY})
+    assert (code, called[-4], set(called[-3:-1])) == (0, TOGETHER, {OTHERS, RAY})
     assert said in output
 
 
@@ -199,14 +207,15 @@ def test_check_runs_every_gate_then_the_tests(checkout):
     stamp(checkout, "dev", "sglang")
     code, called, _ = call(checkout, "tools/check", "-k", "nothing")
     assert code == 0
-    assert called[:-2] == [
+    assert called[:-3] == [
         "ruff check .",
         "ruff format --check .",
         "lint-imports",
         "pyright",
         f"{TOGETHER} -k nothing",
     ]
-    assert set(called[-2:]) == {f"{OTHERS} -k nothing", f"{RAY} -k nothing"}
+    assert set(called[-3:-1]) == {f"{OTHERS} -k nothing", f"{RAY} -k nothing"}
+    assert called[-1] == f"{CLOCK} -k nothing"
 
 
 @pytest.mark.parametrize("gate", ["ruff", "lint-imports", "pyright", "python"])
@@ -217,14 +226,18 @@ def test_a_failing_gate_fails_the_check(checkout, gate):
 
 
 def test_the_folders_that_are_named_exist():
-    assert [folder for folder in (*SIDE_BY_SIDE, *WITH_RAY) if not (ROOT / folder).is_dir()] == []
+    assert [
+        folder
+        for folder in (*SIDE_BY_SIDE, *WITH_RAY, "tests/chaos")
+        if not (ROOT / folder).is_dir()
+    ] == []
 
 
 @pytest.mark.parametrize("failing", PARTS.values())
 def test_all_parts_of_the_tests_run_and_a_failure_of_any_counts(checkout, failing):
     stamp(checkout, "dev", "sglang")
     code, called, output = call(checkout, "tools/test", FAIL=failing)
-    assert (code, called[0], set(called[1:])) == (1, TOGETHER, {OTHERS, RAY})
+    assert (code, called[0], set(called[1:])) == (1, TOGETHER, {OTHERS, RAY, CLOCK})
     (last,) = output.splitlines()[-1:]
     for name, part in PARTS.items():
         end = "failed with code 1" if part == failing else "passed"
@@ -256,7 +269,7 @@ def test_tests_named_by_their_path_run_in_one_go(checkout):
 def test_ci_runs_the_tests_and_its_last_line_says_how_it_ended(checkout):
     stamp(checkout, "dev", "sglang")
     code, called, output = call(checkout, ".ci/run")
-    assert (code, called[0], set(called[1:])) == (0, TOGETHER, {OTHERS, RAY})
+    assert (code, called[0], set(called[1:])) == (0, TOGETHER, {OTHERS, RAY, CLOCK})
     assert output.splitlines()[-1].startswith("ci: passed in ")
     code, _, output = call(checkout, ".ci/run", FAIL="python")
     assert code == 1

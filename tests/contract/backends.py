@@ -2,6 +2,7 @@
 
 Every choice of ``kv_after_push``, every way of SGLang to run (tensor parallel or not, overlapped or
 not) and both vocabularies occur; not each with each, since starting an engine takes its time.
+SGLang under ``recompute`` is in ``test_pressure``.
 """
 
 from __future__ import annotations
@@ -101,13 +102,8 @@ BACKENDS = [
         vocabulary=SMALL,
     ),
     Backend(
-        name="sglang, no overlap, keep",
-        config=_sglang(overlap=False, kv_after_push="keep"),
-        vocabulary=SMALL,
-    ),
-    Backend(
-        name="sglang, tp 2, overlap, recompute",
-        config=_sglang(overlap=True, tp_size=2, kv_after_push="recompute"),
+        name="sglang, tp 2, no overlap, keep",
+        config=_sglang(overlap=False, tp_size=2, kv_after_push="keep"),
         vocabulary=SPLIT,
     ),
 ]
