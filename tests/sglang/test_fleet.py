@@ -86,8 +86,12 @@ def gone(processes: list[psutil.Process], within_s: float = 20.0) -> bool:
     return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def hurt_while_decoding(fleet: Fleet, pid: int) -> threading.Thread:
-    """Kill ``pid`` a moment after the next call begins."""
+def hurt_while_decoding(pid: int, processes: list[psutil.Process]) -> threading.Thread:
+    """Kill ``pid`` a moment after the next call begins; until then the scheduler among
+    ``processes`` stands still, so that no answer comes earlier.
+    """
+    (scheduler,) = [process for process in processes if "scheduler" in process.name()]
+    scheduler.suspend()
 
     def kill() -> None:
         time.sleep(0.5)
@@ -108,7 +112,7 @@ def test_a_killed_replica_leaves_no_process_and_is_replaced(fleet, publisher):
     (pid,) = fleet.pids
     started = engine_processes(pid)
     assert any("sglang" in process.name() for process in started), started
-    killer = hurt_while_decoding(fleet, pid)
+    killer = hurt_while_decoding(pid, started)
     assert_answers_as_embedded(fleet, 1, 2)
     killer.join()
     assert gone(started)
@@ -120,7 +124,7 @@ def test_a_replica_whose_scheduler_is_killed_is_replaced(fleet, publisher):
     (pid,) = fleet.pids
     started = engine_processes(pid)
     (scheduler,) = [p for p in started if "scheduler" in p.name()]
-    killer = hurt_while_decoding(fleet, scheduler.pid)
+    killer = hurt_while_decoding(scheduler.pid, started)
     assert_answers_as_embedded(fleet, 1, 2)
     killer.join()
     assert gone(started)
