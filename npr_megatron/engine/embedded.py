@@ -90,17 +90,14 @@ class EmbeddedEngine(Engine):
 
     def stats(self) -> EngineStats:
         """Return what the engine holds and has done."""
-        scheduler, counts = self._scheduler, self._scheduler.counts
+        scheduler = self._scheduler
         num_idle = scheduler.prefixes.idle_slots
-        return EngineStats(
+        return EngineStats.of(
+            scheduler.counts,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_kv_slots_held=self._pool.num_slots - self._pool.num_free - num_idle,
             num_kv_slots_idle=num_idle,
-            num_preemptions=counts.preemptions,
-            num_replayed_tokens=counts.replayed_tokens,
-            num_prompt_tokens=counts.prompt_tokens,
-            num_cached_prompt_tokens=counts.cached_prompt_tokens,
         )
 
     def check_integrity(self) -> None:
@@ -118,17 +115,7 @@ class EmbeddedEngine(Engine):
         teacher: Teacher | None = None,
         listener: Callable[[Event], None] | None = None,
     ) -> None:
-        """Queue a request.
-
-        Args:
-            teacher: overrides sampled tokens by (block, branch, index in the stream), or keeps them
-                with None; log-probs stay those of the model. For replaying known trajectories,
-                tests and benchmarks.
-            listener: told after each step what happened to the request.
-
-        Raises:
-            InputError: the request can never be served; lists every reason.
-        """
+        """Queue a request; see :meth:`Engine.add`."""
         if problems := self.problems(request):
             raise InputError("\n".join(problems))
         flow = Flow(request, self._grammar, self._grammar.vocabulary.eos, teacher)
@@ -139,22 +126,11 @@ class EmbeddedEngine(Engine):
             self._watchers[request.request_id] = (Watcher(), listener)
 
     def abort(self, request_id: str) -> None:
-        """End a request; the next ``step`` returns what it has generated, finished as ABORTED.
-
-        Raises:
-            InputError: no unfinished request has this id.
-        """
+        """End a request; see :meth:`Engine.abort`."""
         self._end(self._tree(request_id, "aborted"), FinishReason.ABORTED)
 
     def preempt(self, request_id: str) -> None:
-        """Take the slots of a running request; its tokens stay, and it goes on when there is room.
-
-        For operators who want the memory for others, and for tests; a request that waits is left as
-        it is.
-
-        Raises:
-            InputError: no unfinished request has this id.
-        """
+        """Take the slots of a running request; see :meth:`Engine.preempt`."""
         tree = self._tree(request_id, "preempted")
         if tree in self._scheduler.running and tree.flow.finish is None:
             self._scheduler.preempt(tree)
@@ -186,14 +162,7 @@ class EmbeddedEngine(Engine):
 
     @torch.inference_mode()
     def score(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """Return, per trajectory, [T] fp32 log-probs under the live weights, by one masked pass.
-
-        Positions and branches are those recorded; 0.0 on the prompt and where nothing predicts a
-        token.
-
-        Raises:
-            StaleWeightsError: no weights were loaded.
-        """
+        """Return log-probs under the live weights, by one masked pass; see :meth:`Engine.score`."""
         self._require_weights()
         return self._runner.score(trajectories)
 
@@ -212,43 +181,20 @@ class EmbeddedEngine(Engine):
         return self._live.version
 
     def load(self, weights: Mapping[str, Tensor], version: int = 0) -> None:
-        """Replace all weights at once; trajectories go on as after :meth:`commit`.
-
-        Raises:
-            LayoutError: a storage is missing, unknown or of another shape; nothing was replaced.
-            DivergenceError: a storage holds NaN or infinity; nothing was replaced.
-        """
+        """Replace all weights at once; see :meth:`Engine.load`."""
         self._live.load(weights, version)
         self._go_on()
 
     def staging(self) -> dict[str, Tensor]:
-        """Return the shadow storages: same names and shapes, filled by the caller while decoding
-        goes on.
-        """
+        """Return the shadow storages; see :meth:`Engine.staging`."""
         return self._live.staging()
 
     def seal(self) -> None:
-        """Check what was staged beforehand, so that ``commit`` takes no longer than a copy.
-
-        Call it when the shadow storages are filled, from the thread that filled them.
-
-        Raises:
-            DivergenceError: a storage holds NaN or infinity; fill ``staging()`` anew.
-        """
+        """Check what was staged beforehand; see :meth:`Engine.seal`."""
         self._live.seal()
 
     def commit(self, version: int) -> None:
-        """Make the staged weights live, in place, and stamp later tokens with ``version``.
-
-        Unfinished trajectories go on as ``EngineConfig.kv_after_push`` says: from their prompts
-        (``drop``); from their text, with keys and values of the new weights, so that later tokens
-        are those of the new policy given the same text (``recompute``); or from their text with the
-        keys and values they have (``keep``; one that is preempted later is computed anew).
-
-        Raises:
-            StaleWeightsError: nothing was staged, or ``version`` is not newer than the live one.
-            DivergenceError: what was staged holds NaN or infinity. Nothing has changed then.
-        """
+        """Make the staged weights live, in place; see :meth:`Engine.commit`."""
         self._live.commit(version)
         self._go_on()
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened since the start; the fields of :class:`EngineStats` say what each is."""
+
+    num_preemptions: int = 0
+    num_replayed_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,3 +32,12 @@ class EngineStats:
     """Prompt tokens of admitted requests, all but each prompt's last."""
     num_cached_prompt_tokens: int
     """How many of them were in the pool already."""
+
+    @classmethod
+    def of(cls, counts: Counts, **now: int) -> EngineStats:
+        """Return a look at an engine.
+
+        Args:
+            now: the fields that are no counts.
+        """
+        return cls(**asdict(counts), **now)

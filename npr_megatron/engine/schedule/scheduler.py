@@ -25,21 +25,10 @@ from npr_megatron.engine.memory.pool import SlotPool
 from npr_megatron.engine.memory.prefixes import Prefix, PrefixCache
 from npr_megatron.engine.schedule.feed import Feed
 from npr_megatron.engine.schedule.tree import Tree
+from npr_megatron.engine.stats import Counts
 
 _LEAST_FEED_TOKENS = 32
 """Prompts and replays advance by so much per step however many streams decode."""
-
-
-@dataclass(slots=True)
-class Counts:
-    """What happened since the start."""
-
-    preemptions: int = 0
-    replayed_tokens: int = 0
-    prompt_tokens: int = 0
-    """Prompt tokens of admitted trees that the cache could hold."""
-    cached_prompt_tokens: int = 0
-    """How many of them it did hold."""
 
 
 @dataclass(slots=True)
@@ -116,7 +105,7 @@ class Scheduler:
         self._num_promised -= len(tree.round)
         tree.remember(self._pool)
         self._close(tree)
-        self.counts.preemptions += 1
+        self.counts.num_preemptions += 1
         insort(self.waiting, tree, key=_age)
 
     def distrust_prompts(self) -> None:
@@ -257,10 +246,10 @@ class Scheduler:
         tree.replay = replay = tree.open(self._pool, prefix)
         tree.is_filling = replay is not None or num_ready < len(tokens)
         insort(self.running, tree, key=_age)
-        self.counts.prompt_tokens += len(tokens)
-        self.counts.cached_prompt_tokens += num_ready
+        self.counts.num_prompt_tokens += len(tokens)
+        self.counts.num_cached_prompt_tokens += num_ready
         if replay is not None:
-            self.counts.replayed_tokens += len(replay.token_ids)
+            self.counts.num_replayed_tokens += len(replay.token_ids)
 
     def _close(self, tree: Tree) -> None:
         prefix = tree.prefix

@@ -249,16 +249,13 @@ class SglangEngine(Engine):
         return self._thread.ask(self._stats)
 
     def _stats(self) -> EngineStats:
-        conductor, counts = self._conductor, self._conductor.counts
-        return EngineStats(
+        conductor = self._conductor
+        return EngineStats.of(
+            conductor.counts,
             num_running=conductor.num_running,
             num_waiting=conductor.num_waiting,
             num_kv_slots_held=conductor.num_held,
-            num_kv_slots_idle=0,
-            num_preemptions=counts.preemptions,
-            num_replayed_tokens=counts.replayed_tokens,
-            num_prompt_tokens=counts.prompt_tokens,
-            num_cached_prompt_tokens=counts.cached_prompt_tokens,
+            num_kv_slots_idle=0,  # SGLang keeps idle prompts where nobody here sees them
         )
 
     @property

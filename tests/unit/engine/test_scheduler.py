@@ -199,7 +199,7 @@ def test_a_small_pool_is_used_and_little_is_computed_twice() -> None:
         world.step()
         used += world.pool.num_slots - world.pool.num_free
     assert used / world.num_steps > 0.4 * world.pool.num_slots
-    assert world.scheduler.counts.replayed_tokens < 0.05 * sum(lengths)
+    assert world.scheduler.counts.num_replayed_tokens < 0.05 * sum(lengths)
 
 
 class LosesTheReplay(Scheduler):

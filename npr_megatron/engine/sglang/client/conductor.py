@@ -15,6 +15,7 @@ from typing import Protocol
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.engine.sglang.client.reservations import Reservations
 from npr_megatron.engine.sglang.stage import Stage, StageResult
+from npr_megatron.engine.stats import Counts
 from npr_megatron.errors import EnvironmentFault
 
 _PIECE_TOKENS = 16
@@ -115,16 +116,6 @@ class _Asked:
     is_wanted: bool = True
 
 
-@dataclass(slots=True)
-class Counts:
-    """What happened since the start."""
-
-    preemptions: int = 0
-    replayed_tokens: int = 0
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-
-
 class Conductor:
     """Lives, stages and leases.
 
@@ -188,7 +179,7 @@ class Conductor:
         """Take the room of a job that has some; it queues again."""
         life = self._life_of[job.age]
         if life.worker is not None and not job.is_done:
-            self.counts.preemptions += 1
+            self.counts.num_preemptions += 1
             self._again(life)
             self._proceed()
 
@@ -212,7 +203,7 @@ class Conductor:
     def _begin(self, life: _Life) -> None:
         job = life.job
         if job.age in self._stalls:
-            self.counts.replayed_tokens += job.progress
+            self.counts.num_replayed_tokens += job.progress
         else:
             self._stalls[job.age] = (0, 0)
         life.worker = job.live(life.name)
@@ -322,8 +313,8 @@ class Conductor:
             return
         self._counted.add(life.job.age)
         num_tokens = len(life.job.prompt) - 1
-        self.counts.prompt_tokens += num_tokens
-        self.counts.cached_prompt_tokens += min(answer.num_cached, num_tokens)
+        self.counts.num_prompt_tokens += num_tokens
+        self.counts.num_cached_prompt_tokens += min(answer.num_cached, num_tokens)
 
     # New weights
 
