@@ -10,7 +10,6 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -37,6 +36,7 @@ from npr_megatron.weights.layouts import engine_layout, trainer_layout
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
 from tests.parity.test_export_hf import random_tensors
+from tests.publishing import published
 from tests.sglang import beside
 
 MODEL = ModelConfig(
@@ -158,16 +158,7 @@ def test_a_broadcast_reaches_every_rank(engine):
 
 def test_a_trainers_shared_memory_reaches_every_rank(engine, tmp_path):
     parallel, tensors = ParallelConfig(tp_size=2), tensors_of(5)
-    layout = trainer_layout(MODEL, parallel)
-    with ExitStack() as cleanup:
-        parts = []
-        for number, rank in enumerate(layout.ranks):
-            publisher = Publisher(layout, number, torch.float32, run_id="run", arena_dir=tmp_path)
-            cleanup.callback(publisher.close)
-            storages = empty_storages(rank, torch.float32)
-            load_tiles(rank, box_reader(tensors), storages)
-            parts.append(publisher.publish(5, storages))
-        publication = Publication.assemble(parts)
+    with published(trainer_layout(MODEL, parallel), tensors, 5, tmp_path) as publication:
         engine.weights.pull(publication, parallel, means="shared_memory", keeps_cache=False)
     engine.assert_holds(tensors)
 

@@ -26,11 +26,10 @@ from npr_megatron.errors import (
     LayoutError,
     StaleWeightsError,
 )
-from npr_megatron.weights.executors.shared_memory import Publisher
 from npr_megatron.weights.layouts import engine_layout, trainer_layout
-from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.storages import DTYPES, box_reader, empty_storages, load_tiles
 from tests.parity.test_export_hf import MODELS, random_tensors
+from tests.publishing import published
 
 MODEL = MODELS["qwen3"]
 
@@ -194,15 +193,7 @@ def test_ranks_take_what_a_trainer_published_from_its_memory(started, tp_size, t
     parallel = ParallelConfig(tp_size=2, pp_size=1, dp_size=1)
     layout, tensors = trainer_layout(MODEL, parallel), random_tensors(MODEL)
     weights, ranks = started(tp_size)
-    with ExitStack() as cleanup:
-        parts = []
-        for number, rank in enumerate(layout.ranks):
-            publisher = Publisher(layout, number, torch.float32, run_id="run", arena_dir=tmp_path)
-            cleanup.callback(publisher.close)
-            storages = empty_storages(rank, torch.float32)
-            load_tiles(rank, box_reader(tensors), storages)
-            parts.append(publisher.publish(5, storages))
-        publication = Publication.assemble(parts)
+    with published(layout, tensors, 5, tmp_path) as publication:
         assert publication.digest == digest_of(MODEL, tensors)
         weights.pull(publication, parallel, means="shared_memory", keeps_cache=False)
     assert weights.version == 5
