@@ -186,7 +186,8 @@ class Server:
             )
             self._fail(fault)
         for result in self._calls.values():
-            result.set_exception(fault)
+            if not result.cancelled():
+                result.set_exception(fault)
         self._calls.clear()
 
     def _hear(self, message: object) -> None:
