@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from npr_megatron.errors import InputError
 from npr_megatron.records.sample import PackedBatch, TrainingSample
+from npr_megatron.records.trajectory import RouteArray
 from npr_megatron.topology.pairs import num_visible_pairs
 
 Index = npt.NDArray[np.int64]
@@ -165,9 +166,27 @@ def _fill(
         "advantages": scattered(label_cell, advantage_T[learnt_T], 0, np.float32),
         "rollout_logprobs": scattered(label_cell, logprob_T[learnt_T], 0, np.float32),
     }
+    routes_T = _routes(samples, lengths)
+    if routes_T is not None:
+        routes = np.full((int(np.prod(shape)), *routes_T.shape[1:]), -1, dtype=np.int16)
+        routes[cell_T] = routes_T
+        streams["routed_experts"] = routes.reshape(*shape, *routes_T.shape[1:])
     return tuple(
         PackedBatch(**{name: stream[i] for name, stream in streams.items()})
         for i in range(shape[0])
+    )
+
+
+def _routes(samples: Sequence[TrainingSample], lengths: Index) -> RouteArray | None:
+    """Return the recorded experts of all samples end to end, [T, M, K]; None where none has any."""
+    recorded = [sample.routed_experts for sample in samples]
+    shapes = {routes.shape[1:] for routes in recorded if routes is not None}
+    if not shapes:
+        return None
+    assert len(shapes) == 1, "all samples come from one model"
+    free = [np.full((length, *next(iter(shapes))), -1, dtype=np.int16) for length in lengths]
+    return np.concatenate(
+        [own if own is not None else none for own, none in zip(recorded, free, strict=True)]
     )
 
 

@@ -53,6 +53,7 @@ def rl_sample(
         loss_mask=loss_mask,
         advantage=advantage,
         rollout_logprobs=trajectory.logprobs,
+        routed_experts=trajectory.routed_experts,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from npr_megatron.records.trajectory import BoolArray, FloatArray, IntArray
+from npr_megatron.records.trajectory import BoolArray, FloatArray, IntArray, RouteArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,6 +34,8 @@ class TrainingSample:
     """Scales the policy gradient of every learnt token; unused by SFT."""
     rollout_logprobs: FloatArray | None = None
     """[T] log-probs recorded by the engine; None for SFT."""
+    routed_experts: RouteArray | None = None
+    """[T, M, K] recorded by the engine, see ``Trajectory``; None: the trainer routes freely."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,6 +58,9 @@ class PackedBatch:
     """0.0 where ``labels`` is -1."""
     rollout_logprobs: FloatArray
     """0.0 where ``labels`` is -1 or where none was recorded."""
+    routed_experts: RouteArray | None = None
+    """[B, S, M, K] experts to compute each token with; -1 where the router is free, None where it
+    is free everywhere."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,5 +80,10 @@ class PackedBatch:
 
     def take(self, columns: IntArray) -> PackedBatch:
         """Return the tokens at offsets ``columns`` of every row."""
-        streams = {field.name: getattr(self, field.name)[:, columns] for field in fields(self)}
-        return PackedBatch(**streams)
+        streams = {field.name: getattr(self, field.name) for field in fields(self)}
+        return PackedBatch(
+            **{
+                name: stream if stream is None else stream[:, columns]
+                for name, stream in streams.items()
+            }
+        )

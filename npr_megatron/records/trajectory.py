@@ -18,6 +18,7 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
+RouteArray = npt.NDArray[np.int16]
 
 
 class DecodeMode(StrEnum):
@@ -89,6 +90,9 @@ class Trajectory:
     finish: FinishReason
     finish_detail: str = ""
     """Rule or cause behind ``finish``, empty for a plain stop."""
+    routed_experts: RouteArray | None = None
+    """[T, M, K] the K experts that computed each token in each of the M layers that have experts;
+    -1 where nothing was computed (the last token of a path). None where it was not recorded."""
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -100,6 +104,14 @@ class Trajectory:
                 )
             stream.flags.writeable = False
             object.__setattr__(self, name, stream)
+        if self.routed_experts is not None:
+            routes = np.ascontiguousarray(self.routed_experts, dtype=np.int16)
+            if routes.ndim != 3 or len(routes) != length:
+                raise ValueError(
+                    f"routed_experts has shape {routes.shape}, token_ids has ({length},)"
+                )
+            routes.flags.writeable = False
+            object.__setattr__(self, "routed_experts", routes)
         if not 0 <= self.prompt_length <= length:
             raise ValueError(f"prompt_length {self.prompt_length} is outside 0..{length}")
 
