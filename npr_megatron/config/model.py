@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from npr_megatron.config.base import Section
 
@@ -24,11 +24,34 @@ class MoeConfig(Section):
     """The router has a correction bias per expert, fp32, not trained by gradients."""
 
 
+class RopeScaling(Section):
+    """Llama 3's way to longer texts: what turns too slowly to come round within the texts of the
+    first training turns slower still (``rope_type`` "llama3" of HF)."""
+
+    factor: float = Field(ge=1)
+    """How much slower."""
+    low_freq_factor: PositiveFloat
+    """Turns within the first context below which all of ``factor`` counts."""
+    high_freq_factor: PositiveFloat
+    """Turns within the first context above which nothing changes."""
+    original_max_position_embeddings: PositiveInt
+    """Longest text of the first training [tokens]."""
+
+    @model_validator(mode="after")
+    def _ends_in_order(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor:g} must be above low_freq_factor "
+                f"{self.low_freq_factor:g}; Llama 3 has 4 and 1"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """Decoder with RMSNorm, grouped-query attention, SwiGLU and rotary positions, without biases.
 
-    Weights of every family can be laid out, moved and converted; training and decoding know dense
-    Qwen3.
+    Weights of every family can be laid out, moved and converted; which of them can be trained says
+    ``config.families``.
     """
 
     family: Literal["qwen3", "qwen3_moe", "llama", "glm4_moe"] = "qwen3"
@@ -42,6 +65,8 @@ class ModelConfig(Section):
     vocab_size: PositiveInt
     """Embedding rows, spare ones included."""
     rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    """What follows from it: ``topology.rotary``."""
     rms_norm_eps: PositiveFloat = 1e-6
     tie_word_embeddings: bool = True
     max_position_embeddings: PositiveInt = 4096

@@ -33,6 +33,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.records.sample import PackedBatch
 from npr_megatron.topology.context_slices import gathered_columns, own_columns
+from npr_megatron.topology.rotary import inverse_frequencies
 from npr_megatron.topology.visibility import dense_mask, visible
 
 
@@ -94,10 +95,9 @@ def rotary_tables(
 
     Angles are computed in fp32 whatever the compute dtype: bf16 cannot tell position 257 from 258.
     """
-    half = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device)
-    inverse_frequency = model.rope_theta ** -(half / model.head_dim)
+    frequencies = torch.from_numpy(inverse_frequencies(model)).to(device)
     positions_SB = torch.from_numpy(batch.position_ids).to(device, torch.float32).t()
-    angles = positions_SB[:, :, None, None] * inverse_frequency
+    angles = positions_SB[:, :, None, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
