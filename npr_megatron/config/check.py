@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from npr_megatron.config.engine_check import device_of, engine_problems, seat_problems
+from npr_megatron.config.families import model_problems
 from npr_megatron.config.hf_architecture import read_trainable_architecture
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.parallel_check import parallel_problems
@@ -172,27 +173,6 @@ def _precision(config: RunConfig) -> Iterator[str]:
             f"trainer.max_logprob_gap {trainer.max_logprob_gap:g} is below the rounding of bf16 "
             f"({MIN_BF16_GAP:g}); raise it, or use fp32"
         )
-
-
-def model_problems(model: ModelConfig) -> Iterator[str]:
-    """Yield what keeps ``model`` from being trained: weights of more models can be laid out."""
-    if model.family != "qwen3":
-        yield (
-            f"model.architecture.family is {model.family} and training computes dense Qwen3 only; "
-            'use family = "qwen3"'
-        )
-    if not model.has_qk_norm:
-        yield (
-            "model.architecture.has_qk_norm is false and training normalises queries and keys, as "
-            "Qwen3 does; remove it"
-        )
-    if model.moe is not None:
-        yield (
-            f"model.architecture.moe has {model.moe.num_experts} experts and training computes "
-            "dense layers only; remove [model.architecture.moe]"
-        )
-    if model.head_dim % 2:
-        yield f"head_dim {model.head_dim} is odd and rotary positions turn pairs; make it even"
 
 
 def _positions(config: RunConfig, model: ModelConfig) -> Iterator[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from npr_megatron.config.check import model_problems, name_problems, schedule_problems
+from npr_megatron.config.check import name_problems, schedule_problems
+from npr_megatron.config.families import model_problems
 from npr_megatron.config.hf_architecture import read_trainable_architecture
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.parallel_check import parallel_problems

@@ -14,7 +14,8 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.families import TRAINABLE_FAMILIES
+from npr_megatron.config.model import ModelConfig, RopeScaling
 from npr_megatron.errors import InputError
 
 _FAMILIES = {
@@ -23,7 +24,7 @@ _FAMILIES = {
     "LlamaForCausalLM": "llama",
     "Glm4MoeForCausalLM": "glm4_moe",
 }
-_TRAINABLE = ("Qwen3ForCausalLM",)
+_TRAINABLE = tuple(name for name, family in _FAMILIES.items() if family in TRAINABLE_FAMILIES)
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"max_position_embeddings": 32_768, "rms_norm_eps": 1e-6},
     "qwen3_moe": {"max_position_embeddings": 32_768, "rms_norm_eps": 1e-6},
@@ -47,7 +48,7 @@ _EXPERT_KEYS = {
     },
 }
 """Keys of ``config.json`` behind the fields of MoeConfig."""
-_READ_ELSEWHERE = {"family", "has_qk_norm", "moe"}
+_READ_ELSEWHERE = {"family", "has_qk_norm", "moe", "rope_scaling"}
 """Fields of ModelConfig that are no keys of ``config.json``."""
 
 
@@ -81,7 +82,7 @@ def read_trainable_architecture(folder: str | Path) -> ModelConfig:
     reasons += not_computed(table)
     if model is None or reasons:
         raise InputError(
-            f"{path} is no dense Qwen3 that can be trained: {'; '.join(reasons)}; use another model"
+            f"{path} is no model that can be trained: {'; '.join(reasons)}; use another model"
         )
     return model
 
@@ -94,13 +95,18 @@ def not_computed(table: Mapping[str, Any]) -> list[str]:
     if isinstance(layer_types, list):
         known = cast("list[Any]", layer_types)
         layer_types = [t for i, t in enumerate(known) if t not in ("full_attention", *known[:i])]
-    checks: tuple[tuple[str, Any, Any], ...] = (
+    rope_type, factor = _rope_type(rope), "partial_rotary_factor"
+    checks: list[tuple[str, Any, Any]] = [
         ("hidden_act", table.get("hidden_act", "silu"), "silu"),
-        ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
+        ("rope_type", rope_type, "llama3" if rope_type == "llama3" else "default"),
+        ("rope settings by layer", [n for n, value in rope.items() if isinstance(value, dict)], []),
+        (factor, rope.get(factor, table.get(factor)) or 1.0, 1.0),
         ("use_sliding_window", table.get("use_sliding_window", False), False),
         ("layer types beside full_attention", layer_types, []),
-    )
+    ]
+    if table.get("architectures") == ["Qwen3MoeForCausalLM"]:
+        # Weights of the chosen experts sum to one. Left out, transformers does not normalise them.
+        checks.append(("norm_topk_prob", table.get("norm_topk_prob", False), True))
     return _differences(checks)
 
 
@@ -180,6 +186,9 @@ def _fields(table: Mapping[str, Any], family: str) -> tuple[dict[str, Any], list
     rope = _rope_settings(table)
     if "rope_theta" in rope:
         fields["rope_theta"] = rope["rope_theta"]
+    if _rope_type(rope) == "llama3":
+        settings = RopeScaling.model_fields
+        fields["rope_scaling"] = {name: rope[name] for name in settings if name in rope}
     if family != "qwen3" and table.get("head_dim") is None:
         fields |= _default_head_dim(fields)
     if family == "qwen3_moe":
@@ -230,6 +239,10 @@ def _rope_settings(table: Mapping[str, Any]) -> dict[str, Any]:
     return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
 
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
 def _differences(checks: Sequence[tuple[str, Any, Any]]) -> list[str]:
     return [
         f"{name} is {json.dumps(found)}, supported is {json.dumps(supported)}"
@@ -241,7 +254,6 @@ def _differences(checks: Sequence[tuple[str, Any, Any]]) -> list[str]:
 def _reason(place: tuple[int | str, ...], fields: Mapping[str, Any]) -> str:
     """Return what is wrong with the field at ``place``, in the words of ``config.json``."""
     name, family = str(place[-1]), fields["family"]
-    is_expert = place[0] == "moe"
-    key = _EXPERT_KEYS[family].get(name, name) if is_expert else name
-    found = fields["moe"] if is_expert else fields
+    key = _EXPERT_KEYS[family].get(name, name) if place[0] == "moe" else name
+    found = fields if len(place) == 1 else fields[str(place[0])]
     return f"{key} cannot be {json.dumps(found[name])}" if name in found else f"{key} is missing"

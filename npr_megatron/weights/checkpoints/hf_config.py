@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from npr_megatron.config.model import ModelConfig, MoeConfig
+from npr_megatron.config.families import family_problems
+from npr_megatron.config.model import ModelConfig, MoeConfig, RopeScaling
 from npr_megatron.errors import LayoutError
 
 _ARCHITECTURES = {
@@ -38,7 +39,7 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
     Raises:
         LayoutError: the family has no word for something in ``model``; lists everything.
     """
-    if problems := _unspeakable(model):
+    if problems := family_problems(model):
         raise LayoutError("\n".join(problems))
     return {
         "architectures": [_ARCHITECTURES[model.family]],
@@ -47,17 +48,23 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
+        "rope_scaling": _rope_scaling(model.rope_scaling),
         **model.model_dump(include=_COMMON_FIELDS),
         **_family_settings(model),
     }
 
 
+def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """Return what transformers 4 writes, and 5 reads as well."""
+    return None if scaling is None else {"rope_type": "llama3", **scaling.model_dump()}
+
+
 def _family_settings(model: ModelConfig) -> dict[str, Any]:
     if model.family == "llama":
-        return {"mlp_bias": False, "rope_scaling": None}
+        return {"mlp_bias": False}
     if model.family == "glm4_moe":
         return {"use_qk_norm": model.has_qk_norm, "num_nextn_predict_layers": 0, **_glm(model.moe)}
-    windows = {"rope_scaling": None, "use_sliding_window": False, "sliding_window": None}
+    windows = {"use_sliding_window": False, "sliding_window": None}
     return windows if model.moe is None else {**windows, **_qwen_experts(model.moe)}
 
 
@@ -82,36 +89,3 @@ def _glm(moe: MoeConfig | None) -> dict[str, Any]:
         "first_k_dense_replace": moe.num_dense_layers,
         "n_shared_experts": moe.shared_intermediate_size // moe.moe_intermediate_size,
     }
-
-
-def _unspeakable(model: ModelConfig) -> list[str]:
-    """Return one sentence per setting that ``config.json`` of the family cannot express."""
-    family, moe = model.family, model.moe
-    is_moe_family = family in ("qwen3_moe", "glm4_moe")
-    rules = [
-        (is_moe_family and moe is None, "has routed experts and moe is not set; describe them"),
-        (not is_moe_family and moe is not None, "is dense and moe is set; remove it"),
-        (
-            family in ("qwen3", "qwen3_moe") and not model.has_qk_norm,
-            "normalises queries and keys and has_qk_norm is false; set it",
-        ),
-        (family == "llama" and model.has_qk_norm, "has no query and key norms; unset has_qk_norm"),
-    ]
-    if moe is not None:
-        shared, inner = moe.shared_intermediate_size, moe.moe_intermediate_size
-        rules += [
-            (
-                family == "qwen3_moe" and (shared > 0 or moe.has_expert_bias),
-                "has neither shared experts nor an expert bias; remove them",
-            ),
-            (
-                family == "glm4_moe" and not moe.has_expert_bias,
-                "has an expert bias; set has_expert_bias",
-            ),
-            (
-                family == "glm4_moe" and (shared == 0 or shared % inner > 0),
-                f"counts its shared experts and shared_intermediate_size {shared} is no positive "
-                f"multiple of moe_intermediate_size {inner}; change it",
-            ),
-        ]
-    return [f"family {family} {sentence}" for is_broken, sentence in rules if is_broken]

@@ -11,7 +11,7 @@ from npr_megatron.config.hf_architecture import (
     read_architecture,
     read_trainable_architecture,
 )
-from npr_megatron.config.model import ModelConfig, MoeConfig
+from npr_megatron.config.model import ModelConfig, MoeConfig, RopeScaling
 from npr_megatron.errors import InputError
 from tests.unit.config.hf_folders import (
     GLM_4_6,
@@ -59,6 +59,25 @@ def test_llama_has_no_head_norms_and_its_head_dim_may_be_left_out(tmp_path):
     model = read_architecture(write_config(tmp_path, LLAMA_8B))
     assert (model.family, model.has_qk_norm, model.head_dim) == ("llama", False, 128)
     assert model.moe is None
+
+
+@pytest.mark.parametrize("read", [read_architecture, read_trainable_architecture])
+def test_the_stretch_of_llama_3_is_read_under_both_names_that_transformers_gave_it(tmp_path, read):
+    model = read(write_config(tmp_path, LLAMA_8B))
+    assert model.rope_scaling == RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+    rope = {"rope_theta": 5e5, **LLAMA_8B["rope_scaling"]}
+    renamed = write_config(tmp_path, LLAMA_8B, "rope_theta", "rope_scaling", rope_parameters=rope)
+    assert read(renamed) == model
+
+
+def test_a_stretch_without_its_numbers_is_refused(tmp_path):
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": "low"}
+    with pytest.raises(InputError) as caught:
+        read_trainable_architecture(write_config(tmp_path, LLAMA_8B, rope_scaling=rope))
+    for part in ("high_freq_factor is missing", 'low_freq_factor cannot be "low"'):
+        assert part in str(caught.value)
 
 
 def test_glm_counts_shared_experts_and_dense_layers(tmp_path):
@@ -122,17 +141,22 @@ def test_missing_keys_are_named_as_the_file_names_them(tmp_path, missing):
         read_architecture(write_config(tmp_path, GLM_4_6, missing, "head_dim"))
 
 
-@pytest.mark.parametrize("config", [QWEN3_30B, LLAMA_8B, GLM_4_6])
-def test_models_with_a_layout_only_are_not_trained(tmp_path, config):
-    read_architecture(write_config(tmp_path, config))
-    with pytest.raises(InputError, match=r'supported is \["Qwen3ForCausalLM"\]'):
+@pytest.mark.parametrize("config", [QWEN3_4B, QWEN3_30B, LLAMA_8B])
+def test_models_that_are_trained_are_read_alike_by_both_readers(tmp_path, config):
+    folder = write_config(tmp_path, config)
+    assert read_trainable_architecture(folder) == read_architecture(folder)
+
+
+def test_models_with_a_layout_only_are_not_trained(tmp_path):
+    read_architecture(write_config(tmp_path, GLM_4_6))
+    with pytest.raises(InputError, match=r'supported is .* or \["LlamaForCausalLM"\]'):
         read_trainable_architecture(tmp_path)
 
 
 def test_models_that_cannot_be_trained_are_refused_with_every_reason(tmp_path):
     folder = write_qwen3(
         tmp_path,
-        architectures=["LlamaForCausalLM"],
+        architectures=["MistralForCausalLM"],
         vocab_size=0,
         attention_bias=True,
         rope_scaling={"rope_type": "yarn", "factor": 4.0},
@@ -140,7 +164,7 @@ def test_models_that_cannot_be_trained_are_refused_with_every_reason(tmp_path):
     with pytest.raises(InputError) as caught:
         read_trainable_architecture(folder)
     for part in (
-        'architectures is ["LlamaForCausalLM"], supported is ["Qwen3ForCausalLM"]',
+        'architectures is ["MistralForCausalLM"], supported is ["Qwen3ForCausalLM"] or',
         "vocab_size cannot be 0",
         "attention_bias is true",
         'rope_type is "yarn"',
@@ -154,6 +178,22 @@ def test_what_is_not_computed_says_nothing_about_weights():
         'hidden_act is "gelu", supported is "silu"',
         "use_sliding_window is true, supported is false",
     ]
+    by_layer = {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}
+    assert not_computed(by_layer) == [
+        'rope settings by layer is ["full_attention"], supported is []'
+    ]
+    assert not_computed({"partial_rotary_factor": 0.5}) == [
+        "partial_rotary_factor is 0.5, supported is 1.0"
+    ]
+
+
+@pytest.mark.parametrize("left_out", [True, False])
+def test_experts_whose_weights_do_not_sum_to_one_are_refused(left_out):
+    changed = {**QWEN3_30B, "norm_topk_prob": False}
+    if left_out:
+        del changed["norm_topk_prob"]
+    assert not_computed(QWEN3_30B) == []
+    assert not_computed(changed) == ["norm_topk_prob is false, supported is true"]
 
 
 @pytest.mark.parametrize(

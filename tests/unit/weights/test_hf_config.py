@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from npr_megatron.config.hf_architecture import read_architecture
-from npr_megatron.config.model import ModelConfig, MoeConfig
+from npr_megatron.config.model import ModelConfig, MoeConfig, RopeScaling
 from npr_megatron.errors import LayoutError
 from npr_megatron.weights.checkpoints.hf_config import hf_config
 from npr_megatron.weights.names import canonical_parameters
@@ -19,6 +19,16 @@ FAMILIES = {
     "qwen3": {},
     "qwen3 untied": {"tie_word_embeddings": False, "rope_theta": 5e5},
     "llama": {"family": "llama", "has_qk_norm": False, "head_dim": 16},
+    "llama 3": {
+        "family": "llama",
+        "has_qk_norm": False,
+        "rope_scaling": RopeScaling(
+            factor=8,
+            low_freq_factor=1,
+            high_freq_factor=4,
+            original_max_position_embeddings=64,
+        ),
+    },
     "qwen3_moe": {"family": "qwen3_moe", "moe": EXPERTS},
     "qwen3_moe dense first": {
         "family": "qwen3_moe",
