@@ -14,16 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from npr_megatron.config.alignment import fp8_multiple, row_multiple
 from npr_megatron.config.device_memory import rank_memory
 from npr_megatron.config.divisions import attention_problems, divides, mlp_problems
+from npr_megatron.config.fp8_check import recipe_problems, shape_problems
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.pipeline import pipeline_problems
 from npr_megatron.config.training import ParallelConfig, TrainerConfig
 
-ROW_MULTIPLE = 16
-"""Packed rows are padded to a multiple of this many tokens."""
-_FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
-"""What both sides of a matrix product must be multiples of, by recipe."""
 _UNTRAINED = ("vocab_divisor",)
 _GIB = 2**30
 
@@ -39,10 +37,12 @@ def parallel_problems(
         model: what is trained; without it the rules about its shape are skipped.
     """
     problems = [*_rows(parallel, trainer), *_replicas(parallel), *_untrained(parallel)]
+    problems += recipe_problems(parallel, trainer)
     if model is None:
         return problems
     shape = layout_problems(model, parallel)
-    problems += [*shape, *_vocabulary(model, parallel), *_fp8(model, parallel, trainer)]
+    problems += [*shape, *_vocabulary(model, parallel)]
+    problems += shape_problems(model, parallel, trainer)
     if not shape:
         problems += _memory(model, parallel, trainer)
     return problems
@@ -86,16 +86,25 @@ def _experts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
 
 
 def _rows(parallel: ParallelConfig, trainer: TrainerConfig) -> Iterator[str]:
-    slices = parallel.row_slices
-    if slices == 1 or not (trainer.row_tokens % slices or ROW_MULTIPLE % slices):
+    """Rows are padded until they divide; longer than ``row_tokens`` none shall become."""
+    slices, multiple = parallel.row_slices, row_multiple(parallel, trainer)
+    if trainer.row_tokens % multiple == 0 or (slices == 1 and trainer.fp8 is None):
         return
-    named = f"parallel.tp_size {parallel.tp_size}"
-    if parallel.cp_size > 1:
-        named += f" with cp_size {parallel.cp_size}"
+    reasons = []
+    if slices > 1:
+        named = f"parallel.tp_size {parallel.tp_size}"
+        if parallel.cp_size > 1:
+            named += f" with cp_size {parallel.cp_size}"
+        reasons.append(
+            f"{named} cuts rows into {slices} equal slices (sequence parallel, and two for each "
+            "rank of cp)"
+        )
+    if trainer.fp8 is not None:
+        reasons.append(f"{trainer.fp8} FP8 takes {fp8_multiple(trainer)} tokens at a time")
     yield (
-        f"{named} cuts rows into {slices} equal slices (sequence parallel, and two for each rank "
-        f"of cp), so {slices} must divide trainer.row_tokens {trainer.row_tokens} and "
-        f"{ROW_MULTIPLE}; use 1, 2, 4, 8 or 16 slices and a multiple of it"
+        f"{' and '.join(reasons)}, so rows are padded to multiples of {multiple} tokens, and "
+        f"trainer.row_tokens is {trainer.row_tokens}; make it "
+        f"{-(-trainer.row_tokens // multiple) * multiple}"
     )
 
 
@@ -120,45 +129,6 @@ def _untrained(parallel: ParallelConfig) -> Iterator[str]:
 
 def _vocabulary(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
     yield from divides("vocab_size", model.vocab_size, parallel.tp_size, "parallel.tp_size")
-
-
-def _fp8(model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig) -> Iterator[str]:
-    """Matrix products in FP8 want aligned sides, on every rank after all cuts."""
-    if trainer.fp8 is None:
-        return
-    yield (f'trainer.fp8 is "{trainer.fp8}" and training computes in trainer.dtype only; remove it')
-    if trainer.dtype != "bf16":
-        yield (
-            f'trainer.fp8 is "{trainer.fp8}" and trainer.dtype is "{trainer.dtype}"; FP8 scales '
-            'bf16, set dtype = "bf16"'
-        )
-    multiple = _FP8_MULTIPLES[trainer.fp8]
-    for what, size, over in _product_sides(model, parallel, trainer):
-        if size % (over * multiple):
-            share = "" if over == 1 else f" over {over} ranks"
-            yield (
-                f"{what} is {size}{share}, and {trainer.fp8} FP8 multiplies matrices whose sides "
-                f"are multiples of {multiple}; make it a multiple of {over * multiple}, or cut it "
-                "over fewer ranks"
-            )
-
-
-def _product_sides(
-    model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig
-) -> Iterator[tuple[str, int, int]]:
-    """Yield what each side of a matrix product is, its size, and over how many ranks it is cut."""
-    tp, heads, kv_heads = parallel.tp_size, model.num_attention_heads, model.num_key_value_heads
-    yield "hidden_size", model.hidden_size, 1
-    qkv_rows = (heads + 2 * kv_heads) * model.head_dim
-    yield "(num_attention_heads + 2 * num_key_value_heads) * head_dim", qkv_rows, tp
-    yield "num_attention_heads * head_dim", heads * model.head_dim, tp
-    moe = model.moe
-    if moe is None or moe.num_dense_layers:
-        yield "intermediate_size", model.intermediate_size, tp
-    if moe is not None:
-        yield "moe_intermediate_size", moe.moe_intermediate_size, parallel.expert_tp_size
-        yield "shared_intermediate_size", moe.shared_intermediate_size, tp
-    yield "trainer.row_tokens", trainer.row_tokens, tp * parallel.cp_size
 
 
 def _memory(model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig) -> Iterator[str]:

@@ -80,7 +80,15 @@ class TrainerConfig(Section):
     max_logprob_gap: PositiveFloat = 1e-3
     """Largest |trainer - engine| log-prob allowed on a rollout token before the run stops."""
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """How the linear layers scale to FP8; None: they compute in ``dtype``."""
+    """How the linear layers scale to FP8; None: they compute in ``dtype``. Attention, norms,
+    embedding and head stay in ``dtype`` either way."""
+    fp8_params: bool = False
+    """The linear layers keep their weights in FP8 only, and replicas gather them so; the optimizer
+    keeps fp32 of its share."""
+    num_first_layers_bf16: NonNegativeInt = 0
+    """Leading layers that compute in ``dtype`` all the same; not with delayed scaling."""
+    num_last_layers_bf16: NonNegativeInt = 0
+    """Trailing layers likewise."""
     device_memory_gib: PositiveFloat | None = None
     """Memory of a trainer rank's device; given, what the rank is estimated to need must fit."""
 

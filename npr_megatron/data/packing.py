@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from npr_megatron.config.alignment import ROW_MULTIPLE
 from npr_megatron.errors import InputError
 from npr_megatron.records.sample import PackedBatch, TrainingSample
 from npr_megatron.records.trajectory import RouteArray
@@ -20,11 +21,13 @@ from npr_megatron.topology.pairs import num_visible_pairs
 
 Index = npt.NDArray[np.int64]
 
-_LENGTH_MULTIPLE = 16  # sequence parallelism divides rows; attention kernels like it too
-
 
 def pack(
-    samples: Sequence[TrainingSample], row_tokens: int, rows_per_microbatch: int, num_replicas: int
+    samples: Sequence[TrainingSample],
+    row_tokens: int,
+    rows_per_microbatch: int,
+    num_replicas: int,
+    row_multiple: int = ROW_MULTIPLE,
 ) -> tuple[PackedBatch, ...]:
     """Pack samples first-fit decreasing into rows, and the rows into microbatches.
 
@@ -32,6 +35,8 @@ def pack(
         row_tokens: no row holds more tokens.
         rows_per_microbatch: no microbatch has more rows.
         num_replicas: the number of microbatches is a multiple of it.
+        row_multiple: the length of all rows is a multiple of it, see
+            ``config.alignment.row_multiple``.
 
     Returns:
         Microbatches of one shape, see :func:`pack_rows`.
@@ -46,11 +51,14 @@ def pack(
     rows: list[list[TrainingSample]] = [[] for _ in range(int(row.max()) + 1)]
     for index in np.lexsort((offset, row)):
         rows[row[index]].append(samples[index])
-    return pack_rows(rows, rows_per_microbatch, num_replicas)
+    return pack_rows(rows, rows_per_microbatch, num_replicas, row_multiple)
 
 
 def pack_rows(
-    rows: Sequence[Sequence[TrainingSample]], rows_per_microbatch: int, num_replicas: int
+    rows: Sequence[Sequence[TrainingSample]],
+    rows_per_microbatch: int,
+    num_replicas: int,
+    row_multiple: int = ROW_MULTIPLE,
 ) -> tuple[PackedBatch, ...]:
     """Deal rows, each a few samples side by side, to microbatches and replicas.
 
@@ -60,8 +68,9 @@ def pack_rows(
 
     Returns:
         Microbatches of one shape [B, S]; replica r takes the r-th of every ``num_replicas``. S is
-        the longest row rounded up to 16; B is the smallest that keeps the number of microbatches at
-        its minimum. What nothing fills is padding.
+        the longest row rounded up to ``row_multiple``; B is the smallest that keeps the number of
+        microbatches at its minimum. What nothing fills is padding: it sees itself only, nobody
+        sees it, and it has neither label nor weight.
     """
     samples = [sample for row in rows for sample in row]
     lengths = np.array([len(sample.token_ids) for sample in samples], dtype=np.int64)
@@ -69,7 +78,7 @@ def pack_rows(
     offsets = np.concatenate([_starts([len(sample.token_ids) for sample in row]) for row in rows])
     num_microbatches = _round_up(-(-len(rows) // rows_per_microbatch), num_replicas)
     rows_each = -(-len(rows) // num_microbatches)
-    row_length = _round_up(int((offsets + lengths).max()), _LENGTH_MULTIPLE)
+    row_length = _round_up(int((offsets + lengths).max()), row_multiple)
     costs = np.array(
         [sum(num_visible_pairs(sample.block, sample.branch) for sample in row) for row in rows]
     )

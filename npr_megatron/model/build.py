@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.config.training import ParallelConfig
+from npr_megatron.config.training import ParallelConfig, TrainerConfig
 from npr_megatron.model.gpt import BranchGPT
 from npr_megatron.model.spec import block_spec
 from npr_megatron.model.transformer_config import ddp_config, transformer_config
@@ -21,6 +21,7 @@ from npr_megatron.records.trajectory import IntArray
 from npr_megatron.runtime.device import current_device, device_type
 from npr_megatron.runtime.process_group import RankPlace
 from npr_megatron.topology.context_slices import own_columns
+from npr_megatron.weights.storages import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,14 @@ class Stage:
 
 
 def build_stage(
-    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, place: RankPlace
+    model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig, place: RankPlace
 ) -> Stage:
     """Return this rank's stage.
 
     Its parameters are uninitialised until weights are loaded. Needs the process groups of
     ``runtime.process_group.start``; call inside ``device_scope``.
     """
-    config: TransformerConfig = transformer_config(model, parallel, dtype)
+    config: TransformerConfig = transformer_config(model, parallel, trainer)
     chunks = tuple(
         _build_chunk(model, config, place, number, parallel.vpp_size)
         for number in range(parallel.vpp_size)
@@ -57,7 +58,7 @@ def build_stage(
     wrapped = tuple(
         DistributedDataParallel(
             config,
-            ddp_config(parallel),
+            ddp_config(parallel, trainer),
             Float16Module(config, chunk) if config.bf16 else chunk,
             # Later chunks communicate while others compute; one message each is enough.
             disable_bucketing=number > 0,
@@ -71,7 +72,7 @@ def build_stage(
         config.no_sync_func = pauses if len(wrapped) > 1 else pauses[0]
     cp_group = parallel_state.get_context_parallel_group()
     assert isinstance(cp_group, ProcessGroup), "every rank is in one"
-    return Stage(chunks, wrapped, model, dtype, cp_group)
+    return Stage(chunks, wrapped, model, DTYPES[trainer.dtype], cp_group)
 
 
 def _build_chunk(

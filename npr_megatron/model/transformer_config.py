@@ -16,16 +16,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.config.training import ParallelConfig
+from npr_megatron.config.training import ParallelConfig, TrainerConfig
+from npr_megatron.model.fp8 import fp8_flags, fp8_gather_flags
+from npr_megatron.weights.storages import DTYPES
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+    model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig
 ) -> TransformerConfig:
     """Return Megatron's description of ``model`` laid out as ``parallel``.
 
     That the sizes divide is the business of ``weights.layouts.trainer_layout``.
     """
+    dtype = DTYPES[trainer.dtype]
     return TransformerConfig(
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
@@ -46,6 +49,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         **_pipeline_flags(parallel),
         **_expert_flags(model, parallel),
+        **fp8_flags(model, trainer),
         tensor_model_parallel_size=parallel.tp_size,
         context_parallel_size=parallel.cp_size,
         sequence_parallel=parallel.tp_size > 1,
@@ -111,11 +115,12 @@ def _leave_unset(_: Tensor) -> None:
     pass
 
 
-def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
+def ddp_config(parallel: ParallelConfig, trainer: TrainerConfig) -> DistributedDataParallelConfig:
     """Return how gradients are summed: in fp32 and reduce-scattered to the optimizer's shards."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=parallel.overlap_data_parallel,
         overlap_param_gather=parallel.overlap_data_parallel,
+        **fp8_gather_flags(trainer),
     )

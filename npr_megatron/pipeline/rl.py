@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from npr_megatron.config.alignment import row_multiple
 from npr_megatron.config.stages import RlStage
 from npr_megatron.config.training import LossConfig
 from npr_megatron.data.packing import pack
@@ -126,6 +127,7 @@ def learn(
         row_tokens=config.trainer.row_tokens,
         rows_per_microbatch=config.trainer.rows_per_microbatch,
         num_replicas=config.parallel.microbatch_multiple,
+        row_multiple=row_multiple(config.parallel, config.trainer),
     )
     return context.trainer.train_step(StepBatch(microbatches=microbatches, loss=recipe.loss))
 

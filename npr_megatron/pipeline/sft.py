@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from npr_megatron.config.alignment import row_multiple
 from npr_megatron.config.stages import StageName
 from npr_megatron.config.training import LossConfig
 from npr_megatron.data.packing import pack
@@ -48,6 +49,7 @@ def sft_steps(
             row_tokens=config.trainer.row_tokens,
             rows_per_microbatch=config.trainer.rows_per_microbatch,
             num_replicas=config.parallel.microbatch_multiple,
+            row_multiple=row_multiple(config.parallel, config.trainer),
         ),
         record=lambda step, result, seconds: context.record(
             stage, step, step_metrics(result, seconds)

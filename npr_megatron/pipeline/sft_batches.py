@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from npr_megatron.config.alignment import row_multiple
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.sft import SftConfig
 from npr_megatron.data.packing import pack_rows
@@ -124,6 +125,7 @@ class SftBatches:
             [[store.sample(number) for number in row] for row in rows],
             trainer.rows_per_microbatch,
             1 if alone else parallel.microbatch_multiple,
+            row_multiple(parallel, trainer),
         )
 
     def _blame(self, store: SampleStore, rows: Sequence[Row], trainer: Learner) -> str:

@@ -12,18 +12,21 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from npr_megatron.config.training import OptimizerConfig
+from npr_megatron.config.training import OptimizerConfig, TrainerConfig
 from npr_megatron.errors import DivergenceError
+from npr_megatron.model.fp8 import fp8_optimizer_flags
+from npr_megatron.weights.storages import DTYPES
 
 
 def build_optimizer(
-    config: OptimizerConfig, wrapped: Sequence[DistributedDataParallel], dtype: torch.dtype
+    config: OptimizerConfig, wrapped: Sequence[DistributedDataParallel], trainer: TrainerConfig
 ) -> MegatronOptimizer:
     """Return a fresh optimizer over the parameters as they are now.
 
     Weight decay spares one-dimensional parameters, as Megatron does by default. The learning rate
     is set before each step, see :func:`take_step`.
     """
+    dtype = DTYPES[trainer.dtype]
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.learning_rate,
@@ -35,6 +38,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
+        **fp8_optimizer_flags(trainer),
     )
     optimizer = get_megatron_optimizer(megatron_config, [*wrapped])
     assert isinstance(optimizer, ChainedOptimizer), "the distributed optimizer comes in a chain"

@@ -80,7 +80,7 @@ class TrainerRank:
         self._own_layout = self._layout.ranks[info.rank]
         with device_scope():
             self._place = process_group.start(info, parallel)
-            self._stage = build_stage(model, parallel, self._dtype, self._place)
+            self._stage = build_stage(model, parallel, trainer, self._place)
             self._cpu_world = process_group.cpu_world()
         check_live_layout(live_layout(self._stage.chunks, model), self._own_layout)
         self._storages = stage_storages(self._stage.chunks)
@@ -117,7 +117,7 @@ class TrainerRank:
     def begin_stage(self, optimizer: OptimizerConfig, num_steps: int) -> None:
         """Start a training stage of ``num_steps`` from the present weights, without momentum."""
         with device_scope():
-            self._optimizer = build_optimizer(optimizer, self._stage.wrapped, self._dtype)
+            self._optimizer = build_optimizer(optimizer, self._stage.wrapped, self._trainer)
         self._optimizer_config, self._num_steps, self._step = optimizer, num_steps, 0
 
     def train_step(self, batch: StepBatch) -> StepResult:

@@ -189,7 +189,7 @@ def _use_small_buckets() -> None:
     from npr_megatron.model import build
 
     original = build.ddp_config
-    build.ddp_config = lambda parallel: dataclasses.replace(original(parallel), bucket_size=4000)
+    build.ddp_config = lambda *sections: dataclasses.replace(original(*sections), bucket_size=4000)
 
 
 def _gradients(trainer: Any) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.config.training import ParallelConfig
+from npr_megatron.config.training import ParallelConfig, TrainerConfig
 from npr_megatron.weights.names import canonical_parameters
 
 
@@ -34,9 +34,7 @@ def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig) -> int:
     return -(-model.vocab_size // step) * step
 
 
-def build_chunks(
-    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype = torch.float32
-) -> list[Any]:
+def build_chunks(model: ModelConfig, parallel: ParallelConfig) -> list[Any]:
     """Return this rank's model chunks; its process groups must have been built."""
     from megatron.core import parallel_state
 
@@ -44,7 +42,7 @@ def build_chunks(
     from npr_megatron.model.spec import block_spec
     from npr_megatron.model.transformer_config import transformer_config
 
-    config = transformer_config(model, parallel, dtype)
+    config = transformer_config(model, parallel, TrainerConfig())
     padded = model.model_copy(update={"vocab_size": padded_vocab_size(model, parallel)})
     chunks: list[Any] = []
     for chunk in range(parallel.vpp_size):

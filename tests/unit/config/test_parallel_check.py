@@ -85,12 +85,18 @@ PLANTED: dict[str, tuple[dict, dict, dict, str]] = {
         "parallel.pipeline_layout replaces num_layers_in_first_stage",
     ),
     "layout string": ({}, {"pipeline_layout": "Et*12|t*13L"}, {}, "places 25 layers"),
-    "rows": ({}, {}, {"row_tokens": 1026}, "must divide trainer.row_tokens 1026 and 16"),
-    "rows cut too finely": (
+    "rows": (
+        {},
+        {},
+        {"row_tokens": 1026},
+        "trainer.row_tokens is 1026; make it 10",
+    ),
+    "rows cut finely": (
         {"num_attention_heads": 32, "num_key_value_heads": 32},
         {"tp_size": 32, "dp_size": 1},
-        {},
-        "cuts rows into 32 equal slices",
+        {"row_tokens": 1040},
+        "cuts rows into 32 equal slices (sequence parallel, and two for each rank of cp), so rows "
+        "are padded to multiples of 32 tokens",
     ),
     "slices of context": (
         {},
@@ -133,7 +139,7 @@ PLANTED: dict[str, tuple[dict, dict, dict, str]] = {
         {},
         {"cp_size": 2},
         {"fp8": "tensorwise", "dtype": "bf16", "row_tokens": 1040},
-        "trainer.row_tokens is 1040 over 8 ranks, and tensorwise FP8",
+        "tensorwise FP8 takes 16 tokens at a time, so rows are padded to multiples of 128 tokens",
     ),
     "fp8 of fp32": ({}, {}, {"fp8": "blockwise"}, 'set dtype = "bf16"'),
     "memory": ({}, {}, {"device_memory_gib": 0.01}, "and trainer.device_memory_gib is 0.01"),
