@@ -12,6 +12,7 @@ from npr_megatron.errors import ConfigError
 from npr_megatron.launch.placement import place
 from npr_megatron.launch.probe import Facts, Folder, gather_facts
 from npr_megatron.launch.ray_cluster import OBJECT_STORE_BYTES
+from npr_megatron.runtime.fused_kernels import fp8_problem
 from npr_megatron.weights.executors.arena import arena_bytes
 from npr_megatron.weights.layouts import trainer_layout
 from npr_megatron.weights.storages import DTYPES
@@ -28,7 +29,13 @@ def require_environment(run: RunConfig, model: ModelConfig) -> None:
 
 def check_environment(run: RunConfig, model: ModelConfig, facts: Facts) -> list[str]:
     """Return one sentence per problem: what was asked, what was found, what to do."""
-    return [*_port(run, facts), *_output(facts), *_memory(run, model, facts), *_gpus(run, facts)]
+    return [
+        *_port(run, facts),
+        *_output(facts),
+        *_memory(run, model, facts),
+        *_gpus(run, facts),
+        *_fp8(run, facts),
+    ]
 
 
 def weight_bytes(run: RunConfig, model: ModelConfig) -> int:
@@ -100,3 +107,12 @@ def _gpus(run: RunConfig, facts: Facts) -> list[str]:
             "shares cluster.gpus_per_*"
         ]
     return []
+
+
+def _fp8(run: RunConfig, facts: Facts) -> list[str]:
+    """A trainer rank may get any of the GPUs, so the oldest one counts."""
+    if run.trainer.fp8 is None or not facts.gpu_capabilities:
+        return []
+    oldest = min(facts.gpu_capabilities)
+    problem = fp8_problem(run.trainer.fp8, oldest, facts.without_transformer_engine)
+    return [problem] if problem else []

@@ -6,9 +6,11 @@ import errno
 import os
 import socket
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from npr_megatron.config.run import RunConfig
+from npr_megatron.runtime.fused_kernels import NOT_INSTALLED
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,12 @@ class Facts:
     output: Folder
     gpus: tuple[str, ...] | None = None
     """Names of the GPUs the driver shows; None when nobody asked."""
+    gpu_capabilities: tuple[tuple[int, int], ...] = ()
+    """Compute capability of each, major and minor."""
     gpu_problem: str = ""
     """Why the driver cannot be asked."""
+    without_transformer_engine: str = ""
+    """Why TransformerEngine cannot be used, as far as files tell; empty where nobody asked."""
 
 
 def gather_facts(run: RunConfig) -> Facts:
@@ -43,16 +49,20 @@ def gather_facts(run: RunConfig) -> Facts:
     free."""
     cluster = run.cluster
     is_private = cluster.ray_address is None
-    gpus, gpu_problem = None, ""
+    gpus, capabilities, gpu_problem, without = None, (), "", ""
     if is_private and (cluster.gpus_per_trainer or cluster.gpus_per_replica):
-        gpus, gpu_problem = _gpus()
+        gpus, capabilities, gpu_problem = _gpus()
+    if is_private and run.trainer.fp8 and find_spec("transformer_engine") is None:
+        without = NOT_INSTALLED
     return Facts(
         port_problem=_port_problem(cluster.ray_port) if is_private and cluster.ray_port else "",
         arena=_folder(cluster.arena_dir),
         object_store=_folder("/dev/shm"),
         output=_folder(_nearest(run.run.output_dir)),
         gpus=gpus,
+        gpu_capabilities=capabilities,
         gpu_problem=gpu_problem,
+        without_transformer_engine=without,
     )
 
 
@@ -84,19 +94,21 @@ def _nearest(path: str) -> str:
     return str(folder)
 
 
-def _gpus() -> tuple[tuple[str, ...], str]:
+def _gpus() -> tuple[tuple[str, ...], tuple[tuple[int, int], ...], str]:
     try:
         import pynvml  # pyright: ignore[reportMissingImports]  (an extra)
     except ModuleNotFoundError:
-        return (), "nvidia-ml-py is not installed"
+        return (), (), "nvidia-ml-py is not installed"
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return (), f"the NVIDIA driver does not answer ({error})"
+        return (), (), f"the NVIDIA driver does not answer ({error})"
     try:
         handles = [
             pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
         ]
-        return tuple(str(pynvml.nvmlDeviceGetName(handle)) for handle in handles), ""
+        capabilities = [pynvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in handles]
+        names = tuple(str(pynvml.nvmlDeviceGetName(handle)) for handle in handles)
+        return names, tuple((major, minor) for major, minor in capabilities), ""
     finally:
         pynvml.nvmlShutdown()

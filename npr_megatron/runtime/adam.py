@@ -1,9 +1,9 @@
-"""AdamW on CPU with the state layout of the fused Adam of TransformerEngine and apex.
+"""AdamW of torch with the state layout of the fused Adam of TransformerEngine and apex.
 
 Megatron's distributed optimizer reads ``exp_avg`` and ``exp_avg_sq`` per parameter and ``step``
 in the parameter *group*; ``torch.optim.AdamW`` keeps ``step`` per parameter, and a checkpoint
-written with it cannot be loaded again. The arithmetic is torch's fused CPU kernel, one call per
-group.
+written with it cannot be loaded again. The arithmetic is torch's fused kernel of the device, one
+call per group.
 """
 
 from __future__ import annotations
@@ -12,6 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def install_adam() -> None:
+    """Give Megatron this Adam, for this process: on CPU, and where it finds none of NVIDIA's."""
+    import megatron.core.optimizer as megatron_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizers: Any = megatron_optimizer
+    optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = FusedLayoutAdam, False
+    distributed: Any = distrib_optimizer
+    distributed.Adam = FusedLayoutAdam
+    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
 
 
 class FusedLayoutAdam(torch.optim.Optimizer):
@@ -56,7 +68,7 @@ class FusedLayoutAdam(torch.optim.Optimizer):
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                [torch.tensor(float(group["step"]))] * len(params),
+                [torch.tensor(float(group["step"]), device=params[0].device)] * len(params),
                 amsgrad=False,
                 lr=group["lr"],
                 beta1=group["betas"][0],

@@ -189,23 +189,17 @@ def _replace_torch_cuda() -> None:
 
 
 def _replace_megatron_internals() -> None:
-    import megatron.core.optimizer as megatron_optimizer
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    from npr_megatron.runtime.adam import FusedLayoutAdam
+    from npr_megatron.runtime.adam import install_adam
 
     rng: Any = megatron_random
     rng._get_cuda_rng_state, rng._set_cuda_rng_state = _get_rng_state, _set_rng_state
     logging.getLogger(megatron_random.__name__).addFilter(_is_not_about_cpu_rng)
 
-    optimizers: Any = megatron_optimizer
-    optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = FusedLayoutAdam, False
-    distributed: Any = distrib_optimizer
-    distributed.Adam = FusedLayoutAdam
-    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+    install_adam()
 
     writer: Any = filesystem_async
     writer._get_write_results_queue = _checkpoint_queue

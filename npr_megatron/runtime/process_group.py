@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.errors import ConfigError, EnvironmentFault
+from npr_megatron.runtime.adam import install_adam
 from npr_megatron.runtime.device import backend, device_type, install_cuda_stand_in
+from npr_megatron.runtime.fused_kernels import fused_kernels, hide_unusable
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -65,6 +67,7 @@ def start(info: RankInfo, parallel: ParallelConfig, *, seed: int = 1) -> RankPla
         ConfigError: world size is not tp * cp * dp * pp.
         EnvironmentFault: this process already is a rank.
     """
+    hide_unusable()
     from megatron.core import parallel_state, tensor_parallel
 
     if info.world_size != parallel.world_size:
@@ -78,6 +81,8 @@ def start(info: RankInfo, parallel: ParallelConfig, *, seed: int = 1) -> RankPla
             "close it first or use a process of its own"
         )
     install_cuda_stand_in()
+    if not fused_kernels().has_fused_adam:
+        install_adam()
     torch.set_num_threads(info.num_threads)
     if device_type() == "cuda":
         torch.cuda.set_device(info.local_rank)
