@@ -2,9 +2,10 @@
 
 :class:`BranchContext` is built once per microbatch and handed to every layer as Megatron's
 ``packed_seq_params``. (``attention_mask`` is no road for it: full recompute saves that argument for
-backward and takes tensors only.) Both core attentions rotate queries and keys by the context's
-angles, then attend where it says: on CPU by SDPA with a dense mask, on CUDA by FlexAttention with a
-block mask, whose memory grows with the tokens and not with their square.
+backward and takes tensors only.) The core attention rotates queries and keys by the context's
+angles, then attends where it says, in the form in which it says so: on CUDA by FlexAttention with a
+block mask, on CPU by segments, and by SDPA with a dense mask where rows are short. Only that one
+takes memory that grows with the square of the tokens; it is the oracle for the others.
 
 Megatron's own rotary embedding is switched off: it numbers tokens 0, 1, 2, ... and ignores
 position ids, and it takes the cosine of all angles anew in each layer.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,10 +33,16 @@ from torch.distributed import ProcessGroup
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from npr_megatron.config.model import ModelConfig
+from npr_megatron.model.segment_attention import segment_attention, segments_pay
 from npr_megatron.records.sample import PackedBatch
-from npr_megatron.topology.context_slices import gathered_columns, own_columns
+from npr_megatron.topology.attention_plan import AttentionPlan, attention_plan
+from npr_megatron.topology.context_slices import gathered_columns, own_columns, own_slices
 from npr_megatron.topology.rotary import inverse_frequencies
 from npr_megatron.topology.visibility import dense_mask, visible
+
+Visibility = AttentionPlan | BlockMask | Tensor
+"""A plan of segments, a block mask, or [B, 1, S, S] to add to the scores: 0 where visible, -inf
+elsewhere."""
 
 
 @dataclass
@@ -46,11 +54,12 @@ class BranchContext(PackedSeqParams):
     """[S, B, 1, D] cosine of the angle of each token and channel, in the compute dtype."""
     rotary_sin: Tensor | None = None
     """[S, B, 1, D] sine; the first half is negated, so that rotating needs no further sign."""
-    visibility: Tensor | BlockMask | None = None
-    """Who sees whom: bool [B, 1, S, S] (True = visible) on CPU, a block mask on CUDA.
+    visibility: Visibility | None = None
+    """Who sees whom.
 
-    Under context parallelism S are this rank's tokens everywhere but in the last dimension: keys
-    and values are gathered over ``cp_group``, in the order of its ranks.
+    Under context parallelism S are this rank's tokens everywhere but in the last dimension of a
+    mask: keys and values are gathered over ``cp_group``. Masks have them in the order of its ranks,
+    a plan in the order of the row.
     """
 
 
@@ -68,24 +77,51 @@ def branch_context(
         own: the tokens of ``batch`` that this rank holds among ``cp_group``.
     """
     cos, sin = rotary_tables(own, model, dtype, device)
-    length, size = batch.shape[1], cp_group.size()
+    visibility = _visibility(batch, model, dtype, device, cp_group.rank(), cp_group.size())
+    context = BranchContext(rotary_cos=cos, rotary_sin=sin, visibility=visibility)
+    if cp_group.size() > 1:
+        context.cp_group = cp_group
+    return context
+
+
+def _visibility(
+    batch: PackedBatch,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    cp_rank: int,
+    cp_size: int,
+) -> Visibility:
+    """Return who sees whom, in the form that this device attends by fastest."""
+    rows, length = batch.shape
+    if device.type == "cpu":
+        slices = own_slices(length, cp_rank, cp_size)
+        plan = attention_plan(batch.segment, batch.block, batch.branch, slices)
+        num_cells = rows * length * length // cp_size
+        if segments_pay(plan, num_cells, model.num_attention_heads * model.head_dim):
+            return plan
     queries, keys = (
         torch.from_numpy(columns).to(device)
-        for columns in (own_columns(length, cp_group.rank(), size), gathered_columns(length, size))
+        for columns in (own_columns(length, cp_rank, cp_size), gathered_columns(length, cp_size))
     )
     segment, block, branch = (
         torch.from_numpy(stream).to(device) for stream in (batch.segment, batch.block, batch.branch)
     )
     if device.type == "cuda":
-        visibility: Tensor | BlockMask = block_mask(segment, block, branch, queries, keys)
-    else:
-        visibility = dense_mask(segment, block, branch).unsqueeze(1)
-        if size > 1:
-            visibility = visibility[:, :, queries][..., keys]
-    context = BranchContext(rotary_cos=cos, rotary_sin=sin, visibility=visibility)
-    if size > 1:
-        context.cp_group = cp_group
-    return context
+        return block_mask(segment, block, branch, queries, keys)
+    mask = dense_mask(segment, block, branch)
+    if cp_size > 1:
+        mask = mask[:, queries][..., keys]
+    return score_bias(mask, dtype)
+
+
+def score_bias(mask_BSS: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [B, 1, S, S] for SDPA: 0 where ``mask_BSS`` is True, -inf elsewhere.
+
+    SDPA makes the same of a bool mask, but in each layer, and keeps it for backward.
+    """
+    bias = torch.zeros(mask_BSS.shape, dtype=dtype, device=mask_BSS.device)
+    return bias.masked_fill_(~mask_BSS, -torch.inf).unsqueeze(1)
 
 
 def rotary_tables(
@@ -133,8 +169,21 @@ def block_mask(
     return create(is_visible, rows, None, len(queries), len(keys), segment_BS.device)
 
 
-class _BranchCore(MegatronModule):
-    """What both core attentions share: rotation, layout, and having no parameters."""
+def row_order(gathered: Tensor, cp_size: int) -> Tensor:
+    """Return keys [S, ...] gathered from ranks (``context_slices.gathered_columns``) as they stand
+    in the row: the early slice of each rank in order, then the late ones from last to first."""
+    slices = gathered.chunk(2 * cp_size)
+    return torch.cat((*slices[::2], *slices[::-2]))
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    """FlexAttention for CUDA: its CPU kernel has no backward."""
+    return torch.compile(flex_attention)
+
+
+class BranchCore(MegatronModule):
+    """Core attention between tokens that see one another; has no parameters."""
 
     def __init__(
         self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any
@@ -179,35 +228,23 @@ class _BranchCore(MegatronModule):
                 tensor_parallel_output_grad=True,
                 group=context.cp_group,
             )
+            if isinstance(context.visibility, AttentionPlan):
+                gathered = row_order(gathered, context.cp_group.size())
             key, value = gathered.chunk(2, -1)
         q, k, v = (heads.permute(1, 2, 0, 3) for heads in (query, key, value))
         attended = self._attend(q, k, v, context.visibility)
         return attended.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Any) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None) -> Tensor:
         """Return [B, N, S, D] for ``q`` [B, N, S, D] and ``k``, ``v`` [B, K, S, D]."""
-        raise AssertionError("the CPU and CUDA cores below implement it")
-
-
-class DenseBranchCore(_BranchCore):
-    """SDPA with a dense mask: the CPU's core attention, and the oracle for the other one."""
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Any) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visibility, scale=self.scale, enable_gqa=True
-        )
-
-
-class FlexBranchCore(_BranchCore):
-    """Compiled FlexAttention with a block mask: CUDA only, its CPU kernel has no backward."""
-
-    def __init__(self, config: TransformerConfig, **keywords: Any) -> None:
-        super().__init__(config, **keywords)
-        self._flex_attention = torch.compile(flex_attention)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visibility: Any) -> Tensor:
-        attended = self._flex_attention(
-            q, k, v, block_mask=visibility, scale=self.scale, enable_gqa=True
-        )
-        assert isinstance(attended, Tensor)
-        return attended
+        match visibility:
+            case AttentionPlan():
+                return segment_attention(q, k, v, visibility, self.scale)
+            case BlockMask():
+                return _compiled_flex_attention()(
+                    q, k, v, block_mask=visibility, scale=self.scale, enable_gqa=True
+                )
+            case _:
+                return F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=visibility, scale=self.scale, enable_gqa=True
+                )

@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from npr_megatron.model.attention import DenseBranchCore, FlexBranchCore
+from npr_megatron.model.attention import BranchCore
 from npr_megatron.model.norm import RMSNorm
 
 
@@ -27,7 +27,7 @@ def block_spec(
     for layer in block.layer_specs:
         modules: Any = layer.submodules
         attention = modules.self_attention.submodules
-        attention.core_attention = FlexBranchCore if on_cuda else DenseBranchCore
+        attention.core_attention = BranchCore
         if on_cuda:
             continue
         modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm

@@ -11,17 +11,27 @@ import numpy as np
 from npr_megatron.records.trajectory import IntArray
 
 
+def own_slices(length: int, rank: int, size: int) -> tuple[tuple[int, int], ...]:
+    """Return from where to where in a row of ``length`` tokens those of ``rank`` stand, in order.
+
+    Example:
+        8 tokens, rank 0 of 2: (0, 2) and (6, 8).
+    """
+    if size == 1:
+        return ((0, length),)
+    width, rest = divmod(length, 2 * size)
+    assert rest == 0, "rows are padded to a multiple of their slices"
+    return tuple((width * part, width * (part + 1)) for part in (rank, 2 * size - 1 - rank))
+
+
 def own_columns(length: int, rank: int, size: int) -> IntArray:
     """Return the offsets in a row of ``length`` tokens that ``rank`` holds, in its order.
 
     Example:
         8 tokens, rank 0 of 2: 0, 1, 6, 7; rank 1 holds 2, 3, 4, 5.
     """
-    columns = np.arange(length, dtype=np.int32)
-    if size == 1:
-        return columns
-    slices = columns.reshape(2 * size, -1)
-    return np.concatenate((slices[rank], slices[-1 - rank]))
+    slices = own_slices(length, rank, size)
+    return np.concatenate([np.arange(*part, dtype=np.int32) for part in slices])
 
 
 def gathered_columns(length: int, size: int) -> IntArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from npr_megatron.records.trajectory import IntArray
+from npr_megatron.records.trajectory import BoolArray, IntArray
 
 
 def num_visible_pairs(block: IntArray, branch: IntArray) -> int:
@@ -21,16 +21,17 @@ def num_visible_pairs(block: IntArray, branch: IntArray) -> int:
         one trunk token, then two branches of two tokens: 1 + (2 + 3) + (2 + 3) = 11 of 15.
     """
     offset = np.arange(len(block), dtype=np.int64)
-    opens_block = _changes(block)
-    opens_branch = opens_block | _changes(branch)
+    opens_block = changes(block)
+    opens_branch = opens_block | changes(branch)
     hidden = _last(offset, opens_branch) - _last(offset, opens_block)
     return int((offset + 1 - hidden).sum())
 
 
-def _changes(labels: IntArray) -> np.ndarray:
-    changes = np.ones(len(labels), dtype=np.bool_)
-    changes[1:] = labels[1:] != labels[:-1]
-    return changes
+def changes(labels: IntArray) -> BoolArray:
+    """Return where a label differs from the one before it; the first one does."""
+    found = np.ones(len(labels), dtype=np.bool_)
+    found[1:] = labels[1:] != labels[:-1]
+    return found
 
 
 def _last(offset: np.ndarray, opens: np.ndarray) -> np.ndarray:

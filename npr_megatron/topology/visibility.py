@@ -3,8 +3,8 @@
 Two integers per token decide it: the parallel block (0 on the trunk) and the branch inside it (0 on
 the trunk; a block is 0 exactly where its branch is). Branches of one block are blind to each other;
 everything else is causal. The dense mask is the reference for every kernel and what the CPU trainer
-uses; memory grows with S squared, so long contexts use a block-sparse kernel built from
-:func:`visible`.
+uses for short rows; its memory grows with S squared, so long contexts use a block-sparse kernel
+built from :func:`visible`, or none (``topology.attention_plan``).
 
 Only operators both libraries share are used, so numpy arrays give numpy masks and tensors give
 tensors, on their device. This module imports neither.

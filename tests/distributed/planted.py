@@ -1,7 +1,11 @@
-"""Faults of parallel training: each breaks one mechanism in a rank's process, silently."""
+"""Faults of parallel training: each breaks one mechanism in a rank's process, silently.
+
+The last two are no faults: they choose the form of attention, which the length of rows chooses.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -114,23 +118,39 @@ def weights_are_read_before_they_are_gathered() -> None:
 
 def rows_leak() -> None:
     """Packing: a token sees the samples before its own in the row."""
+    _change_labels(lambda segment, branch: (segment.clip(max=0), branch))
+
+
+def branches_leak() -> None:
+    """A token sees the branches before its own in the block."""
+    _change_labels(lambda segment, branch: (segment, branch.clip(max=1)))
+
+
+def _change_labels(change: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    """Let core attention see who sees whom by changed labels, in either of its forms on a CPU."""
     from npr_megatron.model import attention
 
-    original = attention.dense_mask
+    dense_mask, plan = attention.dense_mask, attention.attention_plan
 
-    def leaky(segment: Any, block: Any, branch: Any) -> Any:
-        return original(segment.clamp(max=0), block, branch)
+    def leaky_mask(segment: Any, block: Any, branch: Any) -> Any:
+        segment, branch = change(segment, branch)
+        return dense_mask(segment, block, branch)
 
-    attention.dense_mask = leaky
+    def leaky_plan(segment: Any, block: Any, branch: Any, slices: Any) -> Any:
+        segment, branch = change(segment, branch)
+        return plan(segment, block, branch, slices)
+
+    attention.dense_mask, attention.attention_plan = leaky_mask, leaky_plan
 
 
 def keys_of_other_ranks_are_taken_for_ones_own() -> None:
-    """Context parallelism: gathered keys are masked as if they lay in the order of the row."""
+    """Context parallelism: gathered keys are taken as if they lay in the order of the row."""
     import numpy as np
 
     from npr_megatron.model import attention
 
     attention.gathered_columns = lambda length, size: np.arange(length, dtype=np.int32)
+    attention.row_order = lambda gathered, size: gathered
 
 
 def gradients_of_keys_stay_where_they_were_looked_at() -> None:
@@ -143,3 +163,17 @@ def gradients_of_keys_stay_where_they_were_looked_at() -> None:
         return original(tensor, tensor_parallel_output_grad=False, group=group)
 
     attention.gather_from_sequence_parallel_region = gather
+
+
+def attention_is_by_segments() -> None:
+    """Choose the form for long rows."""
+    from npr_megatron.model import attention
+
+    attention.segments_pay = lambda *_: True
+
+
+def attention_is_under_a_mask() -> None:
+    """Choose the form for short rows."""
+    from npr_megatron.model import attention
+
+    attention.segments_pay = lambda *_: False

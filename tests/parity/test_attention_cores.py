@@ -1,4 +1,4 @@
-"""The two core attentions, dense on CPU and block-sparse for CUDA, are one function."""
+"""Core attention is one function: under a dense mask, by segments, and block-sparse for CUDA."""
 
 from __future__ import annotations
 
@@ -44,10 +44,14 @@ def masks_of_slices(rank, world_size, init_method, batch: PackedBatch):
     return pairs
 
 
-def attend_both_ways(rank, world_size, init_method, batch: PackedBatch, device_name: str):
-    """Return visibility, outputs and gradients under (dense, flex); gradients on CUDA only."""
+def attend_all_ways(rank, world_size, init_method, batch: PackedBatch, device_name: str):
+    """Return visibility, and outputs and gradients under (dense, segments, flex).
+
+    Flex has gradients on CUDA only; segments compute in bf16 there, and are left out.
+    """
     import npr_megatron.model.attention as attention
     from npr_megatron.runtime.device import install_cuda_stand_in
+    from npr_megatron.topology.attention_plan import attention_plan
     from npr_megatron.topology.visibility import dense_mask
 
     install_cuda_stand_in()
@@ -62,35 +66,39 @@ def attend_both_ways(rank, world_size, init_method, batch: PackedBatch, device_n
     sparse = attention.block_mask(*streams, everything, everything)
     of_predicate = by_predicate(sparse, rows)
 
+    plan = attention_plan(batch.segment, batch.block, batch.branch, ((0, length),))
+    on_cuda = device.type == "cuda"
     cos, sin = attention.rotary_tables(batch, MODEL, torch.float32, device)
-    config = SimpleNamespace(kv_channels=MODEL.head_dim)
+    core = attention.BranchCore(SimpleNamespace(kv_channels=MODEL.head_dim))
     generator = torch.Generator().manual_seed(0)
+    is_token = torch.from_numpy(batch.segment >= 0).t()[..., None].to(device)
     outputs, gradients = [], []
-    for core_type, visibility in (
-        (attention.DenseBranchCore, dense.unsqueeze(1)),
-        (attention.FlexBranchCore, sparse),
-    ):
+    for visibility in (attention.score_bias(dense, torch.float32), plan, sparse):
+        if on_cuda and visibility is plan:
+            continue
         generator.manual_seed(0)
         heads = [
             torch.randn(length, rows, count, MODEL.head_dim, generator=generator).to(device)
             for count in (4, 2, 2)
         ]
-        needs_gradient = device.type == "cuda"
-        heads = [tensor.requires_grad_(needs_gradient) for tensor in heads]
+        heads = [tensor.requires_grad_(on_cuda or visibility is not sparse) for tensor in heads]
         context = attention.BranchContext(rotary_cos=cos, rotary_sin=sin, visibility=visibility)
-        output = core_type(config)(*heads, None, packed_seq_params=context)
+        output = core(*heads, None, packed_seq_params=context) * is_token
         outputs.append(output.detach().cpu().numpy())
-        if needs_gradient:
+        if output.requires_grad:
             grads = torch.autograd.grad(output.square().sum(), heads)
             gradients.append([gradient.cpu().numpy() for gradient in grads])
     return dense.cpu().numpy(), of_predicate.cpu().numpy(), outputs, gradients
 
 
-def test_block_mask_and_its_attention_equal_the_dense_ones(tmp_path):
+def test_block_mask_segments_and_their_attention_equal_the_dense_ones(tmp_path):
     batch = packed(5, num_replicas=1, rows_per_microbatch=2)[0]
-    ((dense, sparse, outputs, _),) = run_ranks(attend_both_ways, 1, tmp_path, batch, "cpu")
+    ((dense, sparse, outputs, gradients),) = run_ranks(attend_all_ways, 1, tmp_path, batch, "cpu")
     np.testing.assert_array_equal(sparse, dense)
-    np.testing.assert_allclose(outputs[1], outputs[0], atol=2e-6)
+    for output in outputs[1:]:
+        np.testing.assert_allclose(output, outputs[0], atol=2e-6)
+    for by_segments, by_mask in zip(gradients[1], gradients[0], strict=True):
+        np.testing.assert_allclose(by_segments, by_mask, atol=1e-5)
 
 
 def test_the_block_mask_of_a_slice_equals_the_dense_one(tmp_path):
@@ -105,7 +113,7 @@ def test_the_block_mask_of_a_slice_equals_the_dense_one(tmp_path):
 def test_compiled_flex_attention_equals_sdpa_forward_and_backward(tmp_path):
     batch = packed(5, num_replicas=1, rows_per_microbatch=2)[0]
     ((_, _, outputs, gradients),) = run_ranks(
-        attend_both_ways, 1, tmp_path, batch, "cuda", timeout_s=600
+        attend_all_ways, 1, tmp_path, batch, "cuda", timeout_s=600
     )
     np.testing.assert_allclose(outputs[1], outputs[0], atol=2e-3)
     for flex, dense in zip(gradients[1], gradients[0], strict=True):
