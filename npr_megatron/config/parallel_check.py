@@ -4,14 +4,15 @@ A sentence has three parts: the fields, what they are against what they must be,
 :func:`layout_problems` is what keeps the weights from being cut, which holds for training and for
 moving weights alike; :func:`parallel_problems` adds what training asks for.
 
-One trap is closed elsewhere: interleaved chunks on two stages need ``batch_p2p_comm`` off, or
-Megatron silently swaps two messages between them. No field turns it on; see
-``model.transformer_config``.
+Traps that no field can set are closed in ``model``: interleaved chunks on two stages need
+``batch_p2p_comm`` off, or Megatron silently swaps two messages between them; experts are reached
+all-to-all, which takes any number of tokens for each of them; tensor parallelism, which experts
+bear with sequence parallelism only, always brings it; and an expert's gradient is summed over the
+replicas of the expert, which Megatron forgets where etp differs from tp without ep.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from npr_megatron.config.alignment import fp8_multiple, row_multiple
@@ -22,7 +23,6 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.pipeline import pipeline_problems
 from npr_megatron.config.training import ParallelConfig, TrainerConfig
 
-_UNTRAINED = ("vocab_divisor",)
 _GIB = 2**30
 
 
@@ -36,13 +36,12 @@ def parallel_problems(
         trainer: rows, numerics and the memory of a device.
         model: what is trained; without it the rules about its shape are skipped.
     """
-    problems = [*_rows(parallel, trainer), *_replicas(parallel), *_untrained(parallel)]
+    problems = [*_rows(parallel, trainer), *_replicas(parallel)]
     problems += recipe_problems(parallel, trainer)
     if model is None:
         return problems
     shape = layout_problems(model, parallel)
-    problems += [*shape, *_vocabulary(model, parallel)]
-    problems += shape_problems(model, parallel, trainer)
+    problems += [*shape, *shape_problems(model, parallel, trainer)]
     if not shape:
         problems += _memory(model, parallel, trainer)
     return problems
@@ -114,21 +113,6 @@ def _replicas(parallel: ParallelConfig) -> Iterator[str]:
             "parallel.overlap_data_parallel is set and there is one replica, parallel.dp_size 1; "
             "remove it, or raise dp_size"
         )
-
-
-def _untrained(parallel: ParallelConfig) -> Iterator[str]:
-    """A layout for weights may be asked for that the trainer does not run with."""
-    for name in _UNTRAINED:
-        value = getattr(parallel, name)
-        if value != ParallelConfig.model_fields[name].default:
-            yield (
-                f"parallel.{name} is {json.dumps(value)} and the trainer runs without it (weights "
-                "can be laid out and converted so); remove it"
-            )
-
-
-def _vocabulary(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    yield from divides("vocab_size", model.vocab_size, parallel.tp_size, "parallel.tp_size")
 
 
 def _memory(model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig) -> Iterator[str]:

@@ -69,6 +69,11 @@ class ParallelConfig(Section):
         """Ranks that each routed expert is cut over."""
         return self.etp_size or self.tp_size
 
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Return the rows of embedding and head over all tp ranks, padding included."""
+        multiple = self.vocab_divisor * self.tp_size
+        return -(-vocab_size // multiple) * multiple
+
 
 class TrainerConfig(Section):
     """Numerics and batch shapes of the trainer."""
@@ -89,6 +94,23 @@ class TrainerConfig(Section):
     """Leading layers that compute in ``dtype`` all the same; not with delayed scaling."""
     num_last_layers_bf16: NonNegativeInt = 0
     """Trailing layers likewise."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: nothing, core attention, or each layer
+    from its input."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Muon orthogonalises the updates of matrices inside layers and leaves the rest to AdamW; it
+    needs NVIDIA's package emerging_optimizers, and each replica keeps the whole state."""
+    optimizer_offload_frac: float = Field(default=0.0, ge=0, le=1)
+    """Share of AdamW's state that is kept, and updated, in the memory of the CPU."""
+    max_skips_in_row: NonNegativeInt = 3
+    """Steps in a row that are skipped because their loss or gradient is not finite, or their
+    gradient spikes, before the run stops; 0: it stops at the first. So it does when not one step
+    was taken yet."""
+    spike_factor: float | None = Field(default=None, gt=1)
+    """A gradient spikes whose norm is above this multiple of the median norm of the last
+    ``spike_window`` steps; None: none does."""
+    spike_window: PositiveInt = 32
+    """Steps that must have been taken before any gradient is called a spike."""
     device_memory_gib: PositiveFloat | None = None
     """Memory of a trainer rank's device; given, what the rank is estimated to need must fit."""
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from npr_megatron.config.device_memory import rank_memory
 from npr_megatron.config.model import ModelConfig, MoeConfig
-from npr_megatron.config.parallel_check import layout_problems, parallel_problems
+from npr_megatron.config.parallel_check import parallel_problems
 from npr_megatron.config.training import ParallelConfig, TrainerConfig
 
 MODEL = ModelConfig(
@@ -59,12 +59,6 @@ PLANTED: dict[str, tuple[dict, dict, dict, str]] = {
         {},
         {},
         "intermediate_size 510 is not a multiple of parallel.tp_size 4",
-    ),
-    "vocabulary": (
-        {"vocab_size": 1022},
-        {},
-        {},
-        "vocab_size 1022 is not a multiple of parallel.tp_size 4",
     ),
     "layers": ({}, {"pp_size": 5}, {}, "24 is not a multiple of parallel.pp_size 5"),
     "chunks": ({}, {"vpp_size": 5}, {}, "parallel.pp_size 2 * vpp_size 5; change vpp_size"),
@@ -147,13 +141,11 @@ PLANTED: dict[str, tuple[dict, dict, dict, str]] = {
 
 
 def found(model: dict, parallel: dict, trainer: dict) -> list[str]:
-    """Return the problems, less those of what no layout is trained with yet."""
-    problems = parallel_problems(
+    return parallel_problems(
         ParallelConfig(**BASE | parallel),
         TRAINER.model_copy(update=trainer),
         MODEL.model_copy(update=model),
     )
-    return [p for p in problems if "the trainer runs without it" not in p]
 
 
 def test_a_sound_section_has_no_problem():
@@ -171,7 +163,6 @@ def test_a_planted_violation_is_named(name):
 
 INDEPENDENT = (
     "inner width",
-    "vocabulary",
     "layers",
     "rows",
     "experts of a dense model",
@@ -192,11 +183,15 @@ def test_all_violations_are_named_together(names):
         assert sum(entry[3] in problem for problem in problems) == 1, (entry[3], problems)
 
 
-def test_what_only_moves_weights_is_refused_for_training_only():
-    parallel = ParallelConfig(vocab_divisor=128)
-    assert layout_problems(MODEL, parallel) == []
-    (problem,) = parallel_problems(parallel, TRAINER, MODEL)
-    assert problem.startswith("parallel.vocab_divisor is 128 and the trainer runs without it")
+def test_a_vocabulary_of_any_size_is_padded():
+    odd = MODEL.model_copy(update={"vocab_size": 1021})
+    assert parallel_problems(ParallelConfig(tp_size=4), TRAINER, odd) == []
+    assert parallel_problems(ParallelConfig(tp_size=4, vocab_divisor=128), TRAINER, odd) == []
+    stages = [
+        rank_memory(odd, ParallelConfig(vocab_divisor=divisor), TRAINER, 0) for divisor in (1, 128)
+    ]
+    rows = [stage.weights // MODEL.hidden_size // 4 for stage in stages]
+    assert rows[1] - rows[0] == 1024 - 1021
 
 
 def test_without_a_model_the_rules_about_its_shape_are_skipped():

@@ -1,0 +1,26 @@
+"""Which ranks share the gradient of a routed expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+
+def reduce_experts_apart(chunk: GPTModel) -> None:
+    """Have gradients and optimizer state of experts shared by the replicas of the *expert*.
+
+    Megatron does so by itself under expert parallelism only. Without, it takes experts for a part
+    of their layer, whose replicas are others wherever etp differs from tp, and sums gradients of
+    different experts, or of too few tokens. Told so for every layout, it also writes checkpoints
+    of one structure. Call it before the chunk is wrapped for training.
+    """
+    for layer in chunk.modules():
+        if isinstance(layer, MoELayer):
+            for parameter in layer.experts.parameters():
+                marks: Any = parameter
+                marks.allreduce = False
+                # Their norm counts on every tensor-parallel rank: each has other experts, or other
+                # rows of one, or after the reduction another share of them.
+                marks.tensor_model_parallel = True
