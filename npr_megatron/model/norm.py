@@ -1,4 +1,4 @@
-"""RMSNorm for the CPU spec; Megatron's torch norm refuses sequence parallelism."""
+"""RMSNorm of torch; Megatron's own torch norm refuses sequence parallelism."""
 
 from __future__ import annotations
 
