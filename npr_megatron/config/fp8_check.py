@@ -35,21 +35,7 @@ def recipe_problems(parallel: ParallelConfig, trainer: TrainerConfig) -> Iterato
             f"{_layers_bf16(trainer)} leave layers in bf16 and delayed scaling spans all layers of "
             'a pass; set both to 0, or trainer.fp8 = "tensorwise"'
         )
-    yield from _params(parallel, trainer)
-
-
-def _params(parallel: ParallelConfig, trainer: TrainerConfig) -> Iterator[str]:
-    """Only AdamW on the device itself knows how to write weights that are kept in FP8."""
-    if not trainer.fp8_params:
-        return
-    if trainer.optimizer != "adamw" or trainer.optimizer_offload_frac:
-        yield (
-            "trainer.fp8_params keeps weights in FP8, which AdamW on the GPU writes, and "
-            f'trainer.optimizer is "{trainer.optimizer}" with optimizer_offload_frac '
-            f"{trainer.optimizer_offload_frac:g}; remove fp8_params, or choose AdamW without "
-            "offload"
-        )
-    if trainer.fp8 == "mxfp8" and parallel.overlap_data_parallel:
+    if trainer.fp8 == "mxfp8" and trainer.fp8_params and parallel.overlap_data_parallel:
         yield (
             "trainer.fp8_params with mxfp8 gathers new weights in the room of the gradients, and "
             "under parallel.overlap_data_parallel they would be there only until the next forward: "
