@@ -35,6 +35,12 @@ def recipe_problems(parallel: ParallelConfig, trainer: TrainerConfig) -> Iterato
             f"{_layers_bf16(trainer)} leave layers in bf16 and delayed scaling spans all layers of "
             'a pass; set both to 0, or trainer.fp8 = "tensorwise"'
         )
+    if trainer.fp8 == "delayed" and trainer.fp8_params:
+        yield (
+            "trainer.fp8_params with delayed scaling would round weights that were just loaded by "
+            'no scale at all, which it learns from passes; set trainer.fp8 = "tensorwise", or '
+            "remove fp8_params"
+        )
     if trainer.fp8 == "mxfp8" and trainer.fp8_params and parallel.overlap_data_parallel:
         yield (
             "trainer.fp8_params with mxfp8 gathers new weights in the room of the gradients, and "

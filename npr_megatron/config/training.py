@@ -89,7 +89,7 @@ class TrainerConfig(Section):
     embedding and head stay in ``dtype`` either way."""
     fp8_params: bool = False
     """The linear layers keep their weights in FP8 only, and replicas gather them so; the optimizer
-    keeps fp32 of its share."""
+    keeps fp32 of its share. Not with delayed scaling."""
     num_first_layers_bf16: NonNegativeInt = 0
     """Leading layers that compute in ``dtype`` all the same; not with delayed scaling."""
     num_last_layers_bf16: NonNegativeInt = 0
