@@ -24,13 +24,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 
-def readable(storages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@torch.no_grad()
+def readable(storages: dict[str, Tensor], parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
     """Return ``storages`` as plain tensors: what is quantised as a copy of the numbers it means,
-    the rest itself."""
-    return {
-        name: _quantised(storage).dequantize() if _is_quantised(storage) else storage
-        for name, storage in storages.items()
-    }
+    the rest itself.
+
+    Args:
+        parameters: of the same names, where a storage has one. Only the parameter itself is up to
+            date where it is quantised: what it consists of may be replaced.
+    """
+    quantised = {name: _quantised(held) for name, held in parameters.items() if _is_quantised(held)}
+    return storages | {name: held.dequantize() for name, held in quantised.items()}
 
 
 @torch.no_grad()
