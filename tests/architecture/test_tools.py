@@ -33,16 +33,16 @@ fi
 PIP = "python -m pip install -qq --disable-pip-version-check"
 SIDE_BY_SIDE = ("tests/architecture", "tests/examples", "tests/parity", "tests/unit")
 TOGETHER = f"python -m pytest {' '.join(SIDE_BY_SIDE)} -n logical --maxprocesses 4 --dist worksteal"
-WITH_RAY = ("tests/end_to_end", "tests/ray")
+WITH_RANKS = ("tests/end_to_end", "tests/ray", "tests/distributed")
 BY_THE_CLOCK = ("tests/chaos",)
-NAMED = (*SIDE_BY_SIDE, *WITH_RAY, *BY_THE_CLOCK)
+NAMED = (*SIDE_BY_SIDE, *WITH_RANKS, *BY_THE_CLOCK)
 CLOCK = f"python -m pytest {' '.join(BY_THE_CLOCK)}"
-RAY = f"python -m pytest {' '.join(WITH_RAY)}"
+RANKS = f"python -m pytest {' '.join(WITH_RANKS)}"
 OTHERS = f"python -m pytest {' '.join(f'--ignore={folder}' for folder in NAMED)}"
 PARTS = {
     "side by side": TOGETHER,
-    "with many processes": OTHERS,
-    "with Ray": RAY,
+    "with servers": OTHERS,
+    "with ranks": RANKS,
     "by the clock": CLOCK,
 }
 
@@ -192,7 +192,7 @@ def test_where_sglang_cannot_be_had_the_reason_is_one_line_and_the_tests_run(
     assert (code, said[: 27 + len(reason)]) == (3, f"SGLang cannot be had here: {reason}")
     assert (checkout / ".venv/.sglang-missing").read_text() == f"{said}\n"
     code, called, output = call(checkout, "tools/test", **fails)
-    assert (code, called[-4], set(called[-3:-1])) == (0, TOGETHER, {OTHERS, RAY})
+    assert (code, called[-4], set(called[-3:-1])) == (0, TOGETHER, {OTHERS, RANKS})
     assert said in output
 
 
@@ -201,6 +201,54 @@ def test_an_sglang_that_cannot_be_imported_fails_the_tests(checkout):
     code, called, _ = call(checkout, "tools/test", FAIL="python -c import sglang")
     assert code == 2
     assert not any("pytest" in line for line in called)
+
+
+def with_nvcc(folder: Path, release: str = "13.0") -> str:
+    """Return a PATH on which a driver and a compiler of NVIDIA's are found."""
+    for name, says in (("nvidia-smi", ""), ("nvcc", f"Cuda compilation tools, release {release}")):
+        (folder / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"
+
+
+def test_transformer_engine_is_compiled_against_the_torch_that_is_there(checkout, tmp_path):
+    stamp(checkout, "run")
+    code, called, _ = call(checkout, "tools/setup_te", PATH=with_nvcc(tmp_path))
+    wheels, others, compiled = installed(called)
+    assert code == 0
+    assert wheels.startswith("--no-deps transformer-engine==")
+    assert " transformer-engine-cu13==" in wheels
+    assert others.startswith("--constraint ") and " ninja " in others
+    assert compiled.startswith("--no-deps --no-build-isolation transformer-engine-torch==")
+    assert called[-1] == "python -c import transformer_engine.pytorch"
+    assert call(checkout, "tools/setup_te", PATH=with_nvcc(tmp_path)) == (0, [], "")
+
+
+@pytest.mark.parametrize(
+    ("fails", "said", "reason"),
+    [
+        (f"{PIP} --no-deps transformer-engine==", "ERROR: No matching", "ERROR: No matching"),
+        (f"{PIP} --no-deps --no-build", "ops.cpp:7: error: no such type", "ops.cpp:7: error: no"),
+        ("python -c import transformer", "ImportError: undefined symbol", "ImportError: undefined"),
+    ],
+)
+def test_why_transformer_engine_cannot_be_built_is_the_last_line(
+    checkout, tmp_path, fails, said, reason
+):
+    stamp(checkout, "run")
+    environment = {"PATH": with_nvcc(tmp_path), "FAIL": fails, "SAYS": said}
+    code, _, output = call(checkout, "tools/setup_te", **environment)
+    last = output.splitlines()[-1]
+    assert (code, last.startswith(f"TransformerEngine cannot be had here: {reason}")) == (3, True)
+    assert not (checkout / ".venv/.setup-te").exists()
+    assert said in (checkout / ".venv/.te-build.log").read_text()
+
+
+def test_without_a_gpu_transformer_engine_is_not_tried(checkout):
+    stamp(checkout, "run")
+    code, called, output = call(checkout, "tools/setup_te")
+    assert (code, called) == (3, [])
+    assert output.endswith("this machine has no NVIDIA driver\n")
 
 
 def test_check_runs_every_gate_then_the_tests(checkout):
@@ -214,7 +262,7 @@ def test_check_runs_every_gate_then_the_tests(checkout):
         "pyright",
         f"{TOGETHER} -k nothing",
     ]
-    assert set(called[-3:-1]) == {f"{OTHERS} -k nothing", f"{RAY} -k nothing"}
+    assert set(called[-3:-1]) == {f"{OTHERS} -k nothing", f"{RANKS} -k nothing"}
     assert called[-1] == f"{CLOCK} -k nothing"
 
 
@@ -228,7 +276,7 @@ def test_a_failing_gate_fails_the_check(checkout, gate):
 def test_the_folders_that_are_named_exist():
     assert [
         folder
-        for folder in (*SIDE_BY_SIDE, *WITH_RAY, "tests/chaos")
+        for folder in (*SIDE_BY_SIDE, *WITH_RANKS, "tests/chaos")
         if not (ROOT / folder).is_dir()
     ] == []
 
@@ -237,7 +285,7 @@ def test_the_folders_that_are_named_exist():
 def test_all_parts_of_the_tests_run_and_a_failure_of_any_counts(checkout, failing):
     stamp(checkout, "dev", "sglang")
     code, called, output = call(checkout, "tools/test", FAIL=failing)
-    assert (code, called[0], set(called[1:])) == (1, TOGETHER, {OTHERS, RAY, CLOCK})
+    assert (code, called[0], set(called[1:])) == (1, TOGETHER, {OTHERS, RANKS, CLOCK})
     (last,) = output.splitlines()[-1:]
     for name, part in PARTS.items():
         end = "failed with code 1" if part == failing else "passed"
@@ -269,7 +317,7 @@ def test_tests_named_by_their_path_run_in_one_go(checkout):
 def test_ci_runs_the_tests_and_its_last_line_says_how_it_ended(checkout):
     stamp(checkout, "dev", "sglang")
     code, called, output = call(checkout, ".ci/run")
-    assert (code, called[0], set(called[1:])) == (0, TOGETHER, {OTHERS, RAY, CLOCK})
+    assert (code, called[0], set(called[1:])) == (0, TOGETHER, {OTHERS, RANKS, CLOCK})
     assert output.splitlines()[-1].startswith("ci: passed in ")
     code, _, output = call(checkout, ".ci/run", FAIL="python")
     assert code == 1

@@ -291,15 +291,18 @@ class Coordinator:
     # Decoding
 
     def _feed(self) -> None:
+        swap = self._swap
         for replica in range(len(self._addresses)):
-            if self._is_feeding and not self._busy[replica] and self._swap.is_routable(replica):
+            if self._is_feeding and not self._busy[replica] and swap.is_routable(replica):
+                assert swap.serving is not None
                 self._busy[replica] = True
-                self._in_thread(self._decode, replica, self._lives[replica])
+                # What is served is read here: when the thread runs, a push may have been decided
+                # that this replica has still to be told of.
+                self._in_thread(self._decode, replica, self._lives[replica], swap.serving.version)
 
-    def _decode(self, replica: int, life: int) -> None:
+    def _decode(self, replica: int, life: int, served: int) -> None:
         """Have two requests decoded; write down what came and what the fleet served at the time."""
-        serving, term = self._swap.serving, self._terms[replica]
-        assert serving is not None
+        term = self._terms[replica]
         numbers = [self._num_requests, self._num_requests + 1]
         self._num_requests += len(numbers)
         try:
@@ -311,7 +314,7 @@ class Coordinator:
                     break
                 found += self._call(replica, "report", 0.1).trajectories()
             with (self._folder / f"trajectories-{os.getpid()}-{replica}").open("ab") as file:
-                pickle.dump((serving.version, found), file)
+                pickle.dump((served, found), file)
         except (Late, StaleWeightsError):
             pass  # stale: it died, and its successor was asked before it was given weights
         except Gone:
