@@ -14,6 +14,7 @@ from npr_megatron.errors import ConfigError
 from npr_megatron.launch.preflight import check_environment, require_environment
 from npr_megatron.launch.probe import Facts, Folder, gather_facts
 from npr_megatron.launch.ray_cluster import OBJECT_STORE_BYTES
+from npr_megatron.runtime.fused_kernels import NOT_INSTALLED
 
 QUICKSTART = Path(__file__).parents[3] / "examples/quickstart/run.toml"
 GIB = 2**30
@@ -151,3 +152,28 @@ def test_a_full_memory_file_system_is_found(tmp_path):
             require_environment(run, model_of(run))
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+FP8 = ("trainer.fp8=mxfp8", "trainer.dtype=bf16", "cluster.gpus_per_trainer=1")
+
+
+def test_fp8_is_refused_before_anything_starts_where_a_gpu_lacks_it():
+    ask = dataclasses.replace(FINE, gpus=("B200", "H100"), gpu_capabilities=((10, 0), (9, 0)))
+    (problem,) = problems_of(ask, *FP8)
+    assert 'trainer.fp8 = "mxfp8" was asked for, which needs a GPU of compute capability' in problem
+    assert problems_of(dataclasses.replace(ask, gpu_capabilities=((10, 0),)), *FP8) == []
+
+
+def test_fp8_is_refused_before_anything_starts_without_transformer_engine():
+    run = run_with(*FP8)
+    facts = gather_facts(run)
+    assert facts.without_transformer_engine == NOT_INSTALLED
+    assert gather_facts(run_with()).without_transformer_engine == ""
+    found = dataclasses.replace(
+        FINE,
+        gpus=("B200", "B200"),
+        gpu_capabilities=((10, 0), (10, 0)),
+        without_transformer_engine=facts.without_transformer_engine,
+    )
+    (problem,) = problems_of(found, *FP8)
+    assert "TransformerEngine is not installed; install it (bash tools/setup_te)" in problem
