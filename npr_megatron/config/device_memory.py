@@ -1,14 +1,17 @@
 """What a trainer rank is estimated to keep on its device: pure arithmetic.
 
-Weights, gradients and optimizer state are exact; activations are what autograd saves, without
-recompute and without the dense mask that the CPU alone has. What kernels and communication need
+Weights, gradients and AdamW's state are exact, Muon's is at most what AdamW's would be. Activations
+are what autograd saves, without the dense mask that the CPU alone has; the workspace is the larger
+of what the head and a recomputed layer need for a moment. What kernels and communication need
 besides is not counted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from npr_megatron.config.head_slices import slice_width
 from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.config.pipeline import split_layers
 from npr_megatron.config.training import ParallelConfig, TrainerConfig
@@ -26,14 +29,17 @@ class RankMemory:
     weights: int
     gradients: int
     optimizer: int
-    """This rank's share: the distributed optimizer cuts it over replicas."""
+    """This rank's share: the distributed optimizer cuts it over replicas, and the CPU may have a
+    part of it."""
     activations: int
     """Of all microbatches that wait for their backward at once."""
+    workspace: int
+    """For a moment: a slice of the logits, or what is computed again of one layer."""
 
     @property
     def total(self) -> int:
         """Everything together."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
 
 
 def rank_memory(
@@ -47,15 +53,26 @@ def rank_memory(
     chunks = split_layers(model.num_hidden_layers, parallel)[stage]
     layers = [layer for chunk in chunks for layer in chunk]
     shared, experts = _num_weights(model, parallel, stage, layers)
-    replicas = parallel.dp_size * parallel.cp_size
-    expert_replicas = parallel.ranks_per_stage // (parallel.ep_size * parallel.expert_tp_size)
-    per_weight = _MOMENTS_BYTES + _MASTER_BYTES[trainer.dtype]
     return RankMemory(
         weights=(shared + experts) * _BYTES[trainer.dtype],
         gradients=(shared + experts) * _GRADIENT_BYTES,
-        optimizer=per_weight * (-(-shared // replicas) + -(-experts // expert_replicas)),
+        optimizer=_optimizer_state(parallel, trainer, shared, experts),
         activations=_activations(model, parallel, trainer, stage, max(map(len, chunks))),
+        workspace=_workspace(model, parallel, trainer, stage),
     )
+
+
+def _optimizer_state(
+    parallel: ParallelConfig, trainer: TrainerConfig, shared: int, experts: int
+) -> int:
+    """Return the bytes that belong to this many weights outside and inside of experts."""
+    per_weight = _MOMENTS_BYTES + _MASTER_BYTES[trainer.dtype]
+    if trainer.optimizer == "muon":  # it needs whole matrices, so nothing is cut over replicas
+        return per_weight * (shared + experts)
+    replicas = parallel.dp_size * parallel.cp_size
+    expert_replicas = parallel.ranks_per_stage // (parallel.ep_size * parallel.expert_tp_size)
+    own = -(-shared // replicas) + -(-experts // expert_replicas)
+    return round(per_weight * own * (1.0 - trainer.optimizer_offload_frac))
 
 
 def _num_weights(
@@ -63,8 +80,7 @@ def _num_weights(
 ) -> tuple[int, int]:
     """Return the weights outside the routed experts, and those inside."""
     tp, hidden, last = parallel.tp_size, model.hidden_size, parallel.pp_size - 1
-    step = parallel.vocab_divisor * tp
-    vocabulary = -(-model.vocab_size // step) * step // tp * hidden
+    vocabulary = parallel.padded_vocab_size(model.vocab_size) // tp * hidden
     is_tied_here = model.tie_word_embeddings and stage == 0
     shared = vocabulary * ((stage == 0) + (stage == last and not is_tied_here))
     shared += hidden * (stage == last)
@@ -83,19 +99,36 @@ def _num_weights(
     return shared, experts
 
 
+def _num_tokens(parallel: ParallelConfig, trainer: TrainerConfig) -> int:
+    """Return the tokens of a microbatch that a rank computes."""
+    return trainer.rows_per_microbatch * trainer.row_tokens // parallel.cp_size
+
+
 def _activations(
     model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig, stage: int, layers: int
 ) -> int:
     """``layers`` is the number of layers of the longest chunk."""
-    tokens = trainer.rows_per_microbatch * trainer.row_tokens // parallel.cp_size
-    element = _BYTES[trainer.dtype]
-    saved = layers * _saved_in_a_layer(model, parallel) * tokens * element
+    saved = layers * _saved_in_a_layer(model, parallel, trainer.recompute)
     saved *= _num_waiting(parallel, stage)
     if stage == parallel.pp_size - 1:
-        # Logits as computed, as fp32 softmax, and their gradient.
-        logits = model.vocab_size // parallel.tp_size * tokens
-        saved += logits * (8 if element == 4 else element + 8)
-    return saved
+        saved += model.hidden_size  # what the head multiplies; it is kept whole
+    return saved * _num_tokens(parallel, trainer) * _BYTES[trainer.dtype]
+
+
+def _workspace(
+    model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig, stage: int
+) -> int:
+    element, num_tokens = _BYTES[trainer.dtype], _num_tokens(parallel, trainer)
+    again = _saved_in_a_layer(model, parallel, "none")
+    again -= _saved_in_a_layer(model, parallel, trainer.recompute)
+    layer = again * num_tokens * element
+    if stage < parallel.pp_size - 1:
+        return layer
+    width = slice_width(
+        num_tokens, parallel.padded_vocab_size(model.vocab_size) // parallel.tp_size
+    )
+    # Logits and their exponentials in fp32, and as computed.
+    return max(layer, width * num_tokens * (8 if element == 4 else element + 8))
 
 
 def _num_waiting(parallel: ParallelConfig, stage: int) -> int:
@@ -106,16 +139,21 @@ def _num_waiting(parallel: ParallelConfig, stage: int) -> int:
     return 2 * behind + (parallel.vpp_size - 1) * parallel.pp_size + 1
 
 
-def _saved_in_a_layer(model: ModelConfig, parallel: ParallelConfig) -> int:
+def _saved_in_a_layer(
+    model: ModelConfig, parallel: ParallelConfig, recompute: Literal["none", "selective", "full"]
+) -> int:
     """Return the elements saved for each token: inputs of norms and products, and of attention."""
     queries = model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
+    if recompute == "full":
+        return -(-model.hidden_size // parallel.tp_size)
     # Two norms: input and output, cut over the ranks by sequence parallelism.
     hidden = 4 * model.hidden_size
-    # The fused product; queries and keys normed and rotated; what attention takes and returns.
-    attention = 5 * queries + 7 * keys
-    # Keys and values of other ranks' tokens.
-    attention += 2 * (parallel.cp_size - 1) * keys
+    # The fused product; queries and keys normed; what attention returns.
+    attention = 3 * queries + 3 * keys
+    if recompute == "none":
+        # Queries and keys rotated, and what attention takes; keys and values of other ranks.
+        attention += 2 * queries + 4 * keys + 2 * (parallel.cp_size - 1) * keys
     # Gate and up, and the steps of the activation up to the input of the last product.
     mlp = 5 * _active_width(model, model.moe)
     return -(-(hidden + attention + mlp) // parallel.tp_size)

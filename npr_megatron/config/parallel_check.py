@@ -20,6 +20,7 @@ from npr_megatron.config.device_memory import rank_memory
 from npr_megatron.config.divisions import attention_problems, divides, mlp_problems
 from npr_megatron.config.fp8_check import recipe_problems, shape_problems
 from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.optimizer_check import optimizer_problems
 from npr_megatron.config.pipeline import pipeline_problems
 from npr_megatron.config.training import ParallelConfig, TrainerConfig
 
@@ -37,7 +38,7 @@ def parallel_problems(
         model: what is trained; without it the rules about its shape are skipped.
     """
     problems = [*_rows(parallel, trainer), *_replicas(parallel)]
-    problems += recipe_problems(parallel, trainer)
+    problems += [*recipe_problems(parallel, trainer), *optimizer_problems(parallel, trainer)]
     if model is None:
         return problems
     shape = layout_problems(model, parallel)
@@ -127,7 +128,9 @@ def _memory(model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig
     yield (
         f"a rank of stage {stage} is estimated to need {needed.total / _GIB:.1f} GiB (weights "
         f"{needed.weights / _GIB:.1f}, gradients {needed.gradients / _GIB:.1f}, optimizer "
-        f"{needed.optimizer / _GIB:.1f}, activations {needed.activations / _GIB:.1f}) and "
+        f"{needed.optimizer / _GIB:.1f}, activations {needed.activations / _GIB:.1f}, workspace "
+        f"{needed.workspace / _GIB:.1f}) and "
         f"trainer.device_memory_gib is {trainer.device_memory_gib:g}; raise parallel.tp_size, "
-        "pp_size or dp_size, or lower trainer.row_tokens or rows_per_microbatch"
+        "pp_size or dp_size, lower trainer.row_tokens or rows_per_microbatch, or set "
+        "trainer.recompute or optimizer_offload_frac"
     )

@@ -52,7 +52,7 @@ def build_stage(
     """
     config: TransformerConfig = transformer_config(model, parallel, trainer)
     chunks = tuple(
-        _build_chunk(model, config, place, number, parallel.vpp_size)
+        _build_chunk(model, parallel, config, place, number)
         for number in range(parallel.vpp_size)
     )
     wrapped = tuple(
@@ -76,16 +76,21 @@ def build_stage(
 
 
 def _build_chunk(
-    model: ModelConfig, config: TransformerConfig, place: RankPlace, number: int, num_chunks: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    config: TransformerConfig,
+    place: RankPlace,
+    number: int,
 ) -> BranchGPT:
     """Return chunk ``number``: the embedding is in the first of the first stage, the head in the
     last of the last."""
-    virtual = number if num_chunks > 1 else None
+    virtual = number if parallel.vpp_size > 1 else None
     return BranchGPT(
         model,
+        parallel,
         config,
         transformer_layer_spec=block_spec(config, device_type(), virtual),
         pre_process=place.is_first_stage and number == 0,
-        post_process=place.is_last_stage and number == num_chunks - 1,
+        post_process=place.is_last_stage and number == parallel.vpp_size - 1,
         vp_stage=virtual,
     ).to(current_device())

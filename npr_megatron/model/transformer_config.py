@@ -18,7 +18,18 @@ from torch import Tensor
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig, TrainerConfig
 from npr_megatron.model.fp8 import fp8_flags, fp8_gather_flags
+from npr_megatron.runtime.device import device_type
 from npr_megatron.weights.storages import DTYPES
+
+_RECOMPUTE_FLAGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
 
 
 def transformer_config(
@@ -50,6 +61,7 @@ def transformer_config(
         **_pipeline_flags(parallel),
         **_expert_flags(model, parallel),
         **fp8_flags(model, trainer),
+        **_RECOMPUTE_FLAGS[trainer.recompute],
         tensor_model_parallel_size=parallel.tp_size,
         context_parallel_size=parallel.cp_size,
         sequence_parallel=parallel.tp_size > 1,
@@ -91,7 +103,12 @@ def _pipeline_flags(parallel: ParallelConfig) -> dict[str, Any]:
 
 def _expert_flags(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     """Top-k weights are normalised to 1: over a softmax, or over sigmoids where experts have a
-    correction bias."""
+    correction bias. A softmax over the chosen logits is that over all, normalised.
+
+    Routers compute in the compute dtype, as transformers and engines do: in a finer one they would
+    choose other experts than the rollout. Load is not balanced by a loss: it would pull the policy
+    away from what its rewards say.
+    """
     moe = model.moe
     if moe is None:
         return {}
@@ -106,8 +123,10 @@ def _expert_flags(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any
         "moe_router_score_function": "sigmoid" if moe.has_expert_bias else "softmax",
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
+        # All experts of a rank in one kernel: TransformerEngine's, on CUDA only.
+        "moe_grouped_gemm": device_type() == "cuda",
         "expert_model_parallel_size": parallel.ep_size,
-        "expert_tensor_parallel_size": parallel.etp_size or parallel.tp_size,
+        "expert_tensor_parallel_size": parallel.expert_tp_size,
     }
 
 
@@ -116,10 +135,11 @@ def _leave_unset(_: Tensor) -> None:
 
 
 def ddp_config(parallel: ParallelConfig, trainer: TrainerConfig) -> DistributedDataParallelConfig:
-    """Return how gradients are summed: in fp32 and reduce-scattered to the optimizer's shards."""
+    """Return how gradients are summed: in fp32 and reduce-scattered to the optimizer's shards; all
+    of them on every replica for Muon, which needs whole matrices."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=trainer.optimizer == "adamw",
         overlap_grad_reduce=parallel.overlap_data_parallel,
         overlap_param_gather=parallel.overlap_data_parallel,
         **fp8_gather_flags(trainer),

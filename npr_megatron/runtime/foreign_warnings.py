@@ -16,6 +16,7 @@ _ABOUT_THEMSELVES = (
     r"The \.grad attribute of a Tensor that is not a leaf",  # the optimizer's shards are views
     r"`load_state_dict` is deprecated",
     r"Please use DTensor instead",
+    r"If you are using transformer_engine as the transformer implementation",  # recompute
 )
 _ABOUT_GPU_LIBRARIES = (r"Transformer Engine and Apex are not installed", r"Apex is not installed")
 

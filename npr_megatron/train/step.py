@@ -50,7 +50,7 @@ class StepResult:
 
     loss: float
     grad_norm: float
-    """Global L2 norm before clipping."""
+    """Global L2 norm before clipping; NaN where the loss was not finite."""
     learning_rate: float
     num_loss_tokens: int
     num_tokens: int
@@ -59,8 +59,13 @@ class StepResult:
     """Largest |policy - rollout| log-prob of a loss token, before the update; 0.0 for SFT."""
     mean_logprob_gap: float
     mean_policy_logprob: float
+    mean_entropy: float
+    """Of the policy over the whole vocabulary, before the update [nats]."""
     skipped: bool = False
-    """No token carried loss: neither weights nor optimizer nor schedule moved."""
+    """Neither weights nor optimizer moved: no token carried loss, or ``fault`` says why not."""
+    fault: str = ""
+    """What was wrong with the numbers of a step that was skipped, and where it first showed. The
+    schedule moved on."""
 
 
 def check_microbatches(

@@ -71,7 +71,7 @@ def forward(rank, world_size, init_method, jobs: list[Forward]):
             inputs = [
                 stage_inputs(batch, batch, job.model, torch.float32, alone) for batch in job.batches
             ]
-            found.append([chunks[0].eval()(**each).numpy() for each in inputs])
+            found.append([chunks[0].eval()(**each)[0].numpy() for each in inputs])
             process_group.stop()
     return found
 
