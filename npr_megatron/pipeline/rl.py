@@ -77,9 +77,11 @@ def rl_step(context: RunContext, recipe: RlRecipe, problems: ProblemSource, step
     ]
     values = rollout_metrics(trajectories, scores, rollout_s)
     result = learn(context, recipe, trajectories, scores)
-    values["train/updated"] = float(result is not None)
+    values["train/updated"] = float(result is not None and not result.fault)
     push_s = 0.0
     if result is not None:  # else nothing changed: a resumed run comes to the same conclusion
+        if result.fault:
+            context.view.note(f"step {step} was skipped: {result.fault}")
         values |= step_metrics(result)
         push_s = context.push(recipe.stage, step)
         if step % context.config.checkpoint.every_rl_steps == 0:
@@ -164,6 +166,8 @@ def step_metrics(result: StepResult) -> dict[str, float]:
         "train/grad_norm": result.grad_norm,
         "train/learning_rate": result.learning_rate,
         "train/policy_logprob": result.mean_policy_logprob,
+        "train/entropy": result.mean_entropy,
+        "train/skipped": float(result.skipped),
         "train/logprob_gap_max": result.max_logprob_gap,
         "train/logprob_gap_mean": result.mean_logprob_gap,
         "train/num_loss_tokens": float(result.num_loss_tokens),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ def sft_steps(
         record=lambda step, result, seconds: context.record(
             stage, step, step_metrics(result, seconds)
         ),
+        note=context.view.note,
     )
 
 
@@ -67,6 +69,7 @@ def supervised_steps(
     progress: Mapping[str, Any],
     batches_for: Callable[[int], tuple[PackedBatch, ...]],
     record: Callable[[int, StepResult, float], None],
+    note: Callable[[str], None],
     suspects: Callable[[int], str] | None = None,
 ) -> None:
     """Run optimizer steps ``first_step`` + 1 .. ``last_step`` and save on the way.
@@ -75,10 +78,11 @@ def supervised_steps(
         progress: JSON values stored in every checkpoint, beside the step.
         batches_for: the microbatches of a step; must depend on the step alone.
         record: called behind each step with its result and the seconds it took.
+        note: told of steps that were skipped, and why.
         suspects: says what in the batch of a step may have made its numbers go wrong.
 
     Raises:
-        DivergenceError: a loss or gradient is not finite; with the suspects.
+        DivergenceError: steps went wrong more often than the trainer skips; with the suspects.
     """
     for step in range(first_step + 1, last_step + 1):
         started = time.perf_counter()
@@ -89,6 +93,11 @@ def supervised_steps(
             if suspects is None:
                 raise
             raise DivergenceError(f"{error}; {suspects(step)}") from error
+        if result.fault:
+            # A gradient that is merely large is no single row's fault.
+            is_a_number = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+            blamed = "" if suspects is None or is_a_number else f"; {suspects(step)}"
+            note(f"step {step} was skipped: {result.fault}{blamed}")
         seconds = time.perf_counter() - started
         if step % checkpoint_every == 0 and step < last_step:  # the end is exported as a model
             trainer.save(checkpoints, {**progress, "step": step})
@@ -101,6 +110,8 @@ def step_metrics(result: StepResult, seconds: float) -> dict[str, float]:
         "train/loss": result.loss,
         "train/grad_norm": result.grad_norm,
         "train/learning_rate": result.learning_rate,
+        "train/entropy": result.mean_entropy,
+        "train/skipped": float(result.skipped),
         "train/tokens_per_s": result.num_tokens / seconds,
         "step/s": seconds,
     }

@@ -13,7 +13,6 @@ Every rank makes the same calls; rank 0 alone reads data, writes logs and speaks
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,10 @@ from npr_megatron.planning.flops import peak_tflops
 from npr_megatron.report.live import LiveView
 from npr_megatron.runtime.device import device_type
 from npr_megatron.runtime.first_rank import FirstRank
+from npr_megatron.runtime.fused_kernels import fused_kernels
 from npr_megatron.runtime.process_group import RankInfo
 from npr_megatron.train.checkpoint_folder import find_checkpoint
+from npr_megatron.train.checkpoint_manifest import model_differences
 from npr_megatron.train.rank import TrainerRank
 from npr_megatron.train.step import StepResult
 
@@ -88,6 +89,7 @@ class SftRun:
             trainer=self._config.trainer,
             run_id=self._folder.path.name,
             arena_dir="",  # nothing is published
+            keeping=self._config.checkpoint,
         )
         try:
             self._train(trainer, fresh=fresh)
@@ -104,6 +106,8 @@ class SftRun:
             self._config, open_prepared(self._folder.path / "data", self._config.data)
         )
         self._peak = self._config.sft.peak_tflops or _known_peak()
+        if device_type() == "cuda":
+            self._view.note(fused_kernels().describe())
         done = self._start(trainer, first_rank, batches, initial)
         self._view.begin_stage(STAGE, batches.num_steps)
         if done:
@@ -167,7 +171,6 @@ class SftRun:
         """What a checkpoint belongs to; it must not go on with anything else."""
         validation = batches.data.validation
         return {
-            "model": self._model.model_dump(mode="json"),
             "data": batches.data.train.digest,
             "validation": validation.digest if validation else None,
         }
@@ -181,14 +184,20 @@ class SftRun:
         found = find_checkpoint(self._checkpoints)
         if found is None:
             return False
-        recorded = json.loads((found / "progress.json").read_text(encoding="utf-8"))
-        expected = self._progress(batches)
-        differing = [name for name in expected if recorded.get(name) != expected[name]]
+        recorded, expected = found.manifest.progress, self._progress(batches)
+        differing = [
+            *model_differences(found.manifest.origin["model"], self._model),
+            *(
+                f"{name} is of other rows or another tokenizer"
+                for name in expected
+                if recorded.get(name) != expected[name]
+            ),
+        ]
         if differing:
             raise InputError(
-                f"{found} was to be continued; its {', '.join(differing)} differ from what this "
-                "run has (the checkpoint of another run, or files that were changed); bring them "
-                "back, or start over with --fresh"
+                f"{found.path} was to be continued and is not of this run: {'; '.join(differing)} "
+                "(the checkpoint of another run, or files that were changed); bring them back, or "
+                "start over with --fresh"
             )
         return True
 
@@ -211,6 +220,7 @@ class SftRun:
             progress=self._progress(batches),
             batches_for=batches.microbatches,
             record=lambda *measured: self._record(trainer, batches, *measured),
+            note=self._view.note,
             suspects=lambda step: batches.suspects(step, trainer),
         )
 

@@ -5,9 +5,11 @@ Two halves, because Megatron reaches CUDA in two ways:
 * functions of ``torch.cuda`` (current_device, streams, events, RNG state) are replaced once per
   process by :func:`install`, together with Megatron internals that cannot be reached through
   torch: its RNG accessors (they queue behind a CUDA initialisation that never comes), its choice of
-  Adam (``runtime.adam``), the queue of its checkpoint writer (a manager process, where every save
-  of ours begins and ends in one process), and two places in its experts (a function that only
-  TransformerEngine brings; split sizes that are moved off the GPU or else stay tensors);
+  Adam (``runtime.adam``), how it splits an optimizer between the GPU and the CPU
+  (``runtime.offload_stand_in``), the queue of its checkpoint writer (a manager process, where every
+  save of ours begins and ends in one process), and three places in its experts (a function that
+  only TransformerEngine brings; split sizes that are moved off the GPU or else stay tensors;
+  shards of unequal lengths, ``runtime.unequal_shards``);
 * ``device="cuda"`` arguments and the comparison of ``tensor.type()`` with
   ``"torch.cuda.FloatTensor"`` are rewritten by a torch function mode, active inside
   :func:`cuda_means_cpu` and in that thread only.
@@ -190,16 +192,23 @@ def _replace_torch_cuda() -> None:
 
 def _replace_megatron_internals() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     from npr_megatron.runtime.adam import install_adam
+    from npr_megatron.runtime.offload_stand_in import split_on_one_device
+    from npr_megatron.runtime.unequal_shards import (
+        gather_of_any_lengths,
+        reduce_scatter_of_any_lengths,
+    )
 
     rng: Any = megatron_random
     rng._get_cuda_rng_state, rng._set_cuda_rng_state = _get_rng_state, _set_rng_state
     logging.getLogger(megatron_random.__name__).addFilter(_is_not_about_cpu_rng)
 
     install_adam()
+    split_on_one_device()
 
     writer: Any = filesystem_async
     writer._get_write_results_queue = _checkpoint_queue
@@ -208,6 +217,11 @@ def _replace_megatron_internals() -> None:
     router.te_general_gemm = None  # a name it asks for and imports with TransformerEngine only
     dispatcher: Any = token_dispatcher
     dispatcher.maybe_move_tensor_to_cpu = _on_cpu
+    moves: Any = mappings
+    moves._gather_along_first_dim = gather_of_any_lengths(moves._gather_along_first_dim)
+    moves._reduce_scatter_along_first_dim = reduce_scatter_of_any_lengths(
+        moves._reduce_scatter_along_first_dim
+    )
 
 
 def _on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -165,10 +165,10 @@ def learn(
     gradients: dict[str, np.ndarray] = {}
     take_step = rank_module.take_step
 
-    def look_then_step(optimizer: Any, rate: float, step: int) -> float:
-        if step == 0:
+    def look_then_step(*arguments: Any) -> None:
+        if not gradients:
             gradients.update(_gradients(trainer))
-        return take_step(optimizer, rate, step)
+        take_step(*arguments)
 
     rank_module.take_step = look_then_step
     _use_small_buckets()
@@ -195,15 +195,17 @@ def _use_small_buckets() -> None:
 def _gradients(trainer: Any) -> dict[str, np.ndarray]:
     """Return the summed gradient of this rank's weights: each replica has a share of it only."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from npr_megatron.model.storages import stage_parameters
 
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for wrapped in trainer._stage.wrapped:
-        for bucket in (bucket for buffer in wrapped.buffers for bucket in buffer.buckets):
-            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+        for buffers, group in (
+            (wrapped.buffers, wrapped.intra_dp_cp_group),
+            (wrapped.expert_parallel_buffers, wrapped.intra_expt_dp_group),
+        ):
+            for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+                own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
     parameters: Any = stage_parameters(trainer._stage.chunks)
     return {name: parameter.main_grad.clone().numpy() for name, parameter in parameters.items()}
 
