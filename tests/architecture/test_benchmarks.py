@@ -57,6 +57,31 @@ def test_the_benchmark_of_the_engine_measures_every_promise():
     assert {figure["verdict"] for figure in figures} <= {"PASS", "MISS", ""}
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_the_trainer_measures_every_promise():
+    command = [sys.executable, str(ROOT / "tools/bench_train.py"), "--json", "--quick"]
+    result = subprocess.run(
+        [*command, "--repeats", "1", "--dense", "512"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    judged = {figure["name"].split(",")[0] for figure in figures if figure["bar"] is not None}
+    assert judged == {
+        "trainer / PyTorch",
+        "attention speed",
+        "attention memory",
+        "attention memory per token",
+        "rows of 8192 filled",
+        "log-prob memory / log_softmax",
+    }
+    assert all(figure["value"] >= 0 for figure in figures)
+    assert {figure["verdict"] for figure in figures} <= {"PASS", "MISS", ""}
+
+
 def sglang_figures(*options: str) -> dict[str, dict[str, dict]]:
     """Return the figures of the benchmark of branches on SGLang, by measure and side."""
     command = [sys.executable, str(ROOT / "tools/bench_sglang.py"), "--json", "--quick", *options]
