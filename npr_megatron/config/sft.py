@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from npr_megatron.config.base import Section
+from npr_megatron.config.checkpoint import CheckpointKeeping
 from npr_megatron.config.run import ModelSection, RunSection
 from npr_megatron.config.training import OptimizerConfig, ParallelConfig, TrainerConfig
 
@@ -52,4 +53,5 @@ class SftConfig(Section):
     data: DataSection
     parallel: ParallelConfig = ParallelConfig()
     trainer: TrainerConfig = TrainerConfig()
+    checkpoint: CheckpointKeeping = CheckpointKeeping()
     sft: SftSection

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from npr_megatron.config.base import Section
+from npr_megatron.config.checkpoint import CheckpointKeeping
 from npr_megatron.config.training import OptimizerConfig
 
 
@@ -80,8 +81,8 @@ class EvaluationConfig(Section):
     """Problems decoded one at a time, both ways, for the speed ratio."""
 
 
-class CheckpointConfig(Section):
-    """When the trainer's state goes to disk."""
+class CheckpointConfig(CheckpointKeeping):
+    """When the trainer's state goes to disk, and how."""
 
     every_rl_steps: PositiveInt = 1
     every_sft_steps: PositiveInt = 50

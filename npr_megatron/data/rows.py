@@ -128,11 +128,16 @@ def _parse(place: str, line: bytes, *, is_first: bool) -> Row | Fault:
 
 def _read_parquet(path: Path) -> Iterator[Row | Fault]:
     arrow = _pyarrow(path)
+    read = 0
     try:
         with arrow.parquet.ParquetFile(path) as file:
-            yield from _rows_of(path, file.iter_batches(batch_size=_BATCH_ROWS))
+            for row in _rows_of(path, file.iter_batches(batch_size=_BATCH_ROWS)):
+                yield row
+                read += 1
     except (arrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as Parquet: {error}; write it again") from error
+        raise InputError(
+            f"{path} cannot be read as Parquet from row {read} on: {error}; write it again"
+        ) from error
 
 
 def _read_saved(folder: Path) -> Iterator[Row | Fault]:
@@ -154,7 +159,8 @@ def _read_saved(folder: Path) -> Iterator[Row | Fault]:
                     first += 1
         except (arrow.ArrowException, OSError) as error:
             raise InputError(
-                f"{folder / name} cannot be read as Arrow: {error}; save the dataset again"
+                f"{folder / name} cannot be read as Arrow from row {first} of the dataset on: "
+                f"{error}; save the dataset again"
             ) from error
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import ray
 
+from npr_megatron.config.checkpoint import CheckpointKeeping
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import OptimizerConfig, ParallelConfig, TrainerConfig
 from npr_megatron.errors import ConfigError, EnvironmentFault
@@ -80,6 +81,7 @@ class TrainerGroup:
         trainer: TrainerConfig,
         run_id: str,
         arena_dir: str,
+        keeping: CheckpointKeeping | None = None,
     ) -> None:
         if len(seats) != parallel.world_size:
             raise ConfigError(
@@ -93,6 +95,7 @@ class TrainerGroup:
             "trainer": trainer,
             "run_id": run_id,
             "arena_dir": arena_dir,
+            "keeping": keeping,
         }
         self._actors: list[Any] = []
         self.pids: tuple[int, ...] = ()
@@ -125,7 +128,7 @@ class TrainerGroup:
         return self._all("score", lambda rank, batch: rank.score(batch), batch)[0]
 
     def save(self, path: Path, progress: dict[str, Any]) -> None:
-        """Write a checkpoint that :meth:`load` can continue from."""
+        """Begin to write a checkpoint that :meth:`load` can continue from."""
         self._all("save", lambda rank, args: rank.save(*args), (path, progress))
 
     def load(self, path: Path) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from npr_megatron.errors import InputError
 
 # What may differ between two starts of one run without making it another run.
 _FREE_SECTIONS = ("fleet", "cluster", "checkpoint")
-_FREE_SFT_SECTIONS = ("parallel",)  # batches do not depend on it, and checkpoints are read by any
+# Batches do not depend on the layout, and checkpoints are read by any.
+_FREE_SFT_SECTIONS = ("parallel", "checkpoint")
 
 
 class RunFolder:

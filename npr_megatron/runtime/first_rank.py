@@ -28,7 +28,8 @@ class FirstRank:
     def __init__(self) -> None:
         group = dist.new_group(backend="gloo", timeout=_NO_DEADLINE)
         assert isinstance(group, dist.ProcessGroup), "every rank is in it"
-        self._group = group
+        self.group = group
+        """All ranks, moving host memory, for as long as it takes."""
 
     def call(self, work: Callable[[], Result]) -> Result:
         """Return what ``work`` returns on rank 0 (anything picklable), on every rank. Collective.
@@ -46,7 +47,7 @@ class FirstRank:
                 failure = error
                 outcome[1] = f"{type(error).__name__}: {error}"
         try:
-            dist.broadcast_object_list(outcome, src=0, group=self._group)
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
         except RuntimeError as error:
             raise EnvironmentFault(
                 f"rank {dist.get_rank()} waited for rank 0, which is gone ({error}); what it said "

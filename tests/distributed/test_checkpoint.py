@@ -95,14 +95,14 @@ def save_twice_then_look(rank, world_size, init_method, job, folder):
     return complaint, progress, sorted(path.name for path in folder.glob("step-*"))
 
 
-def test_only_the_newest_complete_checkpoint_is_kept_and_loaded(hf_folder, tmp_path):
+def test_the_newest_complete_checkpoint_is_loaded_and_the_one_before_kept(hf_folder, tmp_path):
     folder = tmp_path / "checkpoints"
     ((complaint, progress, left),) = run_ranks(
         save_twice_then_look, 1, tmp_path, Job(hf_folder=hf_folder), folder
     )
     assert "name a folder that a trainer has saved to" in complaint
     assert progress == {"saves": 2}
-    assert left == ["step-00000002"]
+    assert left == ["step-00000001", "step-00000002"]
     assert (folder / "latest").read_text() == "step-00000002"
 
 

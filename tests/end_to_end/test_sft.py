@@ -42,6 +42,7 @@ SMALL = (
     "model.architecture.num_hidden_layers=2",
     f"data.train=['{ROOT / 'examples/sft/train.jsonl'}']",
 )
+FOUR_STAGES = ("parallel.pp_size=2", "parallel.vpp_size=2", "parallel.pipeline_layout='E|t|t|L'")
 
 
 class Stopped(Exception):
@@ -156,13 +157,13 @@ def test_a_stopped_run_goes_on_bit_by_bit_but_never_with_other_data_or_as_anothe
     data.write_text(text.partition("\n")[2])
     (error,) = refused(tmp_path, "stopped", own)
     assert isinstance(error, InputError)
-    assert "its data differ from what this run has" in str(error)
+    assert "step-00000004 was to be continued and is not of this run: data is of" in str(error)
 
     data.write_text(text)
     shutil.copytree(folder / "checkpoints", tmp_path / "other" / "sft-seed0" / "checkpoints")
     (error,) = refused(tmp_path, "other", own, "model.architecture.intermediate_size=96")
     assert isinstance(error, InputError)
-    assert "its model differ from what this run has" in str(error)
+    assert "is not of this run: intermediate_size is 160 there, 96 here (" in str(error)
 
     trained(tmp_path, "stopped", own)
     assert_same_run(folder, unbroken, 0)
@@ -170,16 +171,16 @@ def test_a_stopped_run_goes_on_bit_by_bit_but_never_with_other_data_or_as_anothe
 
 def test_two_ranks_share_the_work_and_go_on_in_another_layout(unbroken, tmp_path):
     folder = trained(tmp_path, "moved", "parallel.dp_size=2", ranks=2, stop_at=STOPPED_AT)
-    trained(tmp_path, "moved", "parallel.tp_size=2", ranks=2)
+    trained(tmp_path, "moved", "parallel.cp_size=2", ranks=2)
     assert_same_run(folder, unbroken, 1e-4)
 
 
-def test_torchrun_starts_the_same_run(unbroken, tmp_path):
+def test_torchrun_starts_the_same_run_through_four_stages_on_two_ranks(unbroken, tmp_path):
     run_file = write_run_file(tmp_path / "launched")
     command = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
     command += [BIN / "npr", "sft", run_file, f"run.output_dir={tmp_path}", *SMALL]
     ended = subprocess.run(
-        [*command, "parallel.dp_size=2", "--json"],
+        [*command, *FOUR_STAGES, "--json"],
         capture_output=True,
         text=True,
         timeout=200,

@@ -91,7 +91,7 @@ def test_parquet_and_saved_datasets_give_the_same_rows(tmp_path):
 
 def test_broken_parquet_and_saved_datasets_are_named(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1 but no more")
-    with pytest.raises(InputError, match=r"train\.parquet cannot be read as Parquet"):
+    with pytest.raises(InputError, match=r"train\.parquet cannot be read as Parquet from row 0"):
         list(read_rows(tmp_path / "train.parquet"))
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text('{"_data_files": [{"filename": "gone.arrow"}]}')
@@ -100,6 +100,26 @@ def test_broken_parquet_and_saved_datasets_are_named(tmp_path):
     (tmp_path / "saved" / "state.json").write_text("{}")
     with pytest.raises(InputError, match="does not list the files"):
         list(read_rows(tmp_path / "saved"))
+
+
+def test_a_parquet_file_that_breaks_off_says_from_which_row_on(tmp_path):
+    path = tmp_path / "train.parquet"
+    rows = [{"prompt": f"p{i}", "response": "r" * 50} for i in range(4096)]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(
+        table, path, row_group_size=1024, compression="none", use_dictionary=False
+    )
+    with pyarrow.parquet.ParquetFile(path) as file:
+        third = file.metadata.row_group(2).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[third : third + 64] = bytes(64)
+    path.write_bytes(content)
+    read = []
+    with pytest.raises(InputError, match=r"cannot be read as Parquet from row (1024|2048) on"):
+        read.extend(read_rows(path))
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"cannot be read as Parquet from row 0 on"):
+        list(read_rows(path))
 
 
 def test_only_the_first_faults_are_listed_and_the_rest_counted():
