@@ -23,6 +23,11 @@ from megatron.core import fp8_utils
 from torch import Tensor
 from torch.nn import Parameter
 
+_FP32_WEIGHTS = "main_param"
+"""Attribute under which Megatron's optimizer leaves its shard of a parameter."""
+_EXACT_WEIGHTS = "get_high_precision_init_val"
+"""Method of a parameter that Megatron's optimizer asks what to start from."""
+
 
 @torch.no_grad()
 def readable(storages: dict[str, Tensor], parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
@@ -52,14 +57,17 @@ def write_quantised(parameters: Mapping[str, Parameter], weights: Mapping[str, T
 @contextmanager
 def fp32_weights_kept(parameters: Iterable[Parameter]) -> Iterator[None]:
     """The optimizer that is built inside starts from the fp32 weights of the one before it."""
-    kept = {
-        parameter: parameter.__dict__["main_param"]
-        for parameter in parameters
-        if _is_quantised(parameter) and "main_param" in parameter.__dict__
-    }
+    quantised = [parameter for parameter in parameters if _is_quantised(parameter)]
+    # None where other replicas have all of a parameter.
+    kept = [(parameter, parameter.__dict__.get(_FP32_WEIGHTS)) for parameter in quantised]
+    for parameter in quantised:
+        if parameter.__dict__.get(_EXACT_WEIGHTS, _nothing)() is None:
+            # Megatron would take the FP8 numbers then, and autograd's record of how with them.
+            _start_from(parameter, _quantised(parameter.detach()).dequantize())
     yield
-    for parameter, fp32_weights in kept.items():
-        _quantised(parameter).main_param.copy_(fp32_weights)
+    for parameter, fp32_weights in kept:
+        if fp32_weights is not None:
+            parameter.__dict__[_FP32_WEIGHTS].copy_(fp32_weights)
 
 
 def finish_gather(parameters: Iterable[Parameter]) -> None:
@@ -78,6 +86,10 @@ def _quantised(tensor: Tensor) -> Any:
     return tensor
 
 
+def _nothing() -> None:
+    return None
+
+
 def _start_from(parameter: Any, weights: Tensor) -> None:
     """Answer Megatron's question for the exact initial weights with ``weights``, once."""
 
@@ -86,7 +98,7 @@ def _start_from(parameter: Any, weights: Tensor) -> None:
 
     # TransformerEngine kept the uninitialised weights for the same question; and the fp32 weights
     # of an optimizer that is gone are not those of the new weights.
-    for name in ("_high_precision_init_val", "main_param"):
+    for name in ("_high_precision_init_val", _FP32_WEIGHTS):
         parameter.__dict__.pop(name, None)
     parameter.get_high_precision_init_val = lambda: weights
     parameter.clear_high_precision_init_val = forget
