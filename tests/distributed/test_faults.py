@@ -104,7 +104,23 @@ def test_each_call_may_come_from_another_thread(hf_folder, tmp_path):
     assert first[1].grad_norm > 0
 
 
-def open_with_error(rank, world_size, init_method, job):
+def mlp_is_twice_as_wide() -> None:
+    """Megatron is told of another model than the layout declares."""
+    from npr_megatron.model import build
+
+    original = build.transformer_config
+
+    def config(*args):
+        built = original(*args)
+        built.ffn_hidden_size *= 2
+        return built
+
+    build.transformer_config = config
+
+
+def open_with_error(rank, world_size, init_method, job, fault):
+    if fault is not None:
+        fault()
     try:
         open_rank(rank, world_size, init_method, job).close()
     except (ConfigError, LayoutError) as error:
@@ -113,24 +129,31 @@ def open_with_error(rank, world_size, init_method, job):
 
 
 @pytest.mark.parametrize(
-    ("parallel", "model", "error"),
+    ("parallel", "model", "fault", "error"),
     [
-        (ParallelConfig(dp_size=2), MODEL, ("ConfigError", "needs tp * cp * dp * pp = 2 ranks")),
+        (
+            ParallelConfig(dp_size=2),
+            MODEL,
+            None,
+            ("ConfigError", "needs tp * cp * dp * pp = 2 ranks"),
+        ),
         (
             ParallelConfig(),
             MODEL.model_copy(update={"num_key_value_heads": 3}),
+            None,
             ("LayoutError", "num_key_value_heads 3"),
         ),
         (
-            ParallelConfig(vocab_divisor=48),
+            ParallelConfig(),
             MODEL,
-            ("LayoutError", "word_embeddings.weight: Megatron built weights [64, 32]"),
+            mlp_is_twice_as_wide,
+            ("LayoutError", "linear_fc1.weight: Megatron built weights [192, 32]"),
         ),
     ],
 )
 def test_a_rank_refuses_an_impossible_layout_and_one_that_its_modules_do_not_have(
-    parallel, model, error, hf_folder, tmp_path
+    parallel, model, fault, error, hf_folder, tmp_path
 ):
     job = Job(hf_folder=hf_folder, model=model, parallel=parallel)
-    (found,) = run_ranks(open_with_error, 1, tmp_path, job)
+    (found,) = run_ranks(open_with_error, 1, tmp_path, job, fault)
     assert found is not None and found[0] == error[0] and error[1] in found[1]
