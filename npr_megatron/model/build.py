@@ -18,7 +18,7 @@ from npr_megatron.model.gpt import BranchGPT
 from npr_megatron.model.spec import block_spec
 from npr_megatron.model.transformer_config import ddp_config, transformer_config
 from npr_megatron.records.trajectory import IntArray
-from npr_megatron.runtime.device import current_device, device_type
+from npr_megatron.runtime.device import current_device
 from npr_megatron.runtime.process_group import RankPlace
 from npr_megatron.topology.context_slices import own_columns
 from npr_megatron.weights.storages import DTYPES
@@ -52,8 +52,7 @@ def build_stage(
     """
     config: TransformerConfig = transformer_config(model, parallel, trainer)
     chunks = tuple(
-        _build_chunk(model, parallel, config, place, number)
-        for number in range(parallel.vpp_size)
+        _build_chunk(model, parallel, config, place, number) for number in range(parallel.vpp_size)
     )
     wrapped = tuple(
         DistributedDataParallel(
@@ -89,7 +88,7 @@ def _build_chunk(
         model,
         parallel,
         config,
-        transformer_layer_spec=block_spec(config, device_type(), virtual),
+        transformer_layer_spec=block_spec(config, virtual),
         pre_process=place.is_first_stage and number == 0,
         post_process=place.is_last_stage and number == parallel.vpp_size - 1,
         vp_stage=virtual,

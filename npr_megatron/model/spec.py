@@ -6,7 +6,7 @@ layer after it and so spells two norm weights differently; ``model.storages`` un
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -17,11 +17,9 @@ from npr_megatron.model.norm import RMSNorm
 from npr_megatron.runtime.fused_kernels import fused_kernels
 
 
-def block_spec(
-    config: TransformerConfig, device_type: Literal["cuda", "cpu"], chunk: int | None = None
-) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, chunk: int | None = None) -> TransformerBlockSubmodules:
     """Return the modules of the layers and of the final norm of this stage, or of its ``chunk``."""
-    is_fused = device_type == "cuda" and fused_kernels().has_transformer_engine
+    is_fused = fused_kernels().has_transformer_engine
     block: Any = get_gpt_decoder_block_spec(
         config, use_transformer_engine=is_fused, normalization="RMSNorm", vp_stage=chunk
     )

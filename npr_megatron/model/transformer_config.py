@@ -18,7 +18,7 @@ from torch import Tensor
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig, TrainerConfig
 from npr_megatron.model.fp8 import fp8_flags, fp8_gather_flags
-from npr_megatron.runtime.device import device_type
+from npr_megatron.runtime.fused_kernels import fused_kernels
 from npr_megatron.weights.storages import DTYPES
 
 _RECOMPUTE_FLAGS: dict[str, dict[str, Any]] = {
@@ -123,8 +123,8 @@ def _expert_flags(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any
         "moe_router_score_function": "sigmoid" if moe.has_expert_bias else "softmax",
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",
-        # All experts of a rank in one kernel: TransformerEngine's, on CUDA only.
-        "moe_grouped_gemm": device_type() == "cuda",
+        # All experts of a rank in one kernel, which TransformerEngine brings.
+        "moe_grouped_gemm": fused_kernels().has_transformer_engine,
         "expert_model_parallel_size": parallel.ep_size,
         "expert_tensor_parallel_size": parallel.expert_tp_size,
     }

@@ -43,16 +43,16 @@ def build_chunks(model: ModelConfig, parallel: ParallelConfig) -> list[Any]:
     from npr_megatron.model.transformer_config import transformer_config
 
     config = transformer_config(model, parallel, TrainerConfig())
-    padded = model.model_copy(update={"vocab_size": padded_vocab_size(model, parallel)})
     chunks: list[Any] = []
     for chunk in range(parallel.vpp_size):
         virtual = {"vp_stage": chunk if parallel.vpp_size > 1 else None}
         place = {"ignore_virtual": False, **virtual}
         chunks.append(
             BranchGPT(
-                padded,
+                model,
+                parallel,
                 config,
-                transformer_layer_spec=block_spec(config, "cpu", virtual["vp_stage"]),
+                transformer_layer_spec=block_spec(config, virtual["vp_stage"]),
                 pre_process=parallel_state.is_pipeline_first_stage(**place),
                 post_process=parallel_state.is_pipeline_last_stage(**place),
                 **virtual,
