@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from npr_megatron.config.engine import EngineConfig
-from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.model import ModelConfig, MoeConfig, RopeScaling
 from npr_megatron.engine.compute.model import storage_layout
 from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.engine.flow.flow import Teacher
@@ -34,6 +34,27 @@ TINY = ModelConfig(
     max_position_embeddings=512,
 )
 UNTIED = TINY.model_copy(update={"tie_word_embeddings": False})
+EXPERTS = UNTIED.model_copy(
+    update={
+        "family": "qwen3_moe",
+        "num_hidden_layers": 3,
+        "moe": MoeConfig(
+            num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, num_dense_layers=1
+        ),
+    }
+)
+LLAMA = UNTIED.model_copy(
+    update={
+        "family": "llama",
+        "has_qk_norm": False,
+        "rope_scaling": RopeScaling(
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    }
+)
 
 
 def random_weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
@@ -60,9 +81,9 @@ def steered_weights(
     """
     weights = random_weights(model, seed)
     weights["embed_tokens.weight"][:, 0] = 1.0
-    for layer in range(model.num_hidden_layers):
-        weights[f"layers.{layer}.o_proj.weight"][0] = 0.0
-        weights[f"layers.{layer}.down_proj.weight"][0] = 0.0
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "experts.w2_weight")):
+            weight[..., 0, :] = 0.0
     bias = torch.full((model.vocab_size,), -margin)
     bias[list(spoken)] = 0.0
     weights["norm.weight"][0] = 1.0
@@ -82,6 +103,7 @@ def tiny_engine(
     max_plans: int = 5,
     seed: int = 0,
     kv_after_push: Literal["drop", "recompute", "keep"] = "recompute",
+    record_routes: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     """An engine with random weights of version 0 that checks its slots after every step."""
@@ -92,6 +114,7 @@ def tiny_engine(
         max_step_tokens=max_step_tokens,
         max_plans=max_plans,
         kv_after_push=kv_after_push,
+        record_routes=record_routes,
         debug_checks=True,
     )
     engine = EmbeddedEngine(model, config, vocabulary, clock=clock)
@@ -209,7 +232,8 @@ def assert_same_trajectory(found: Trajectory, expected: Trajectory, tolerance: f
     """Hold everything recorded against ``expected``, log-probs up to ``tolerance``."""
     assert (found.prompt_id, found.rollout) == (expected.prompt_id, expected.rollout)
     assert (found.finish, found.finish_detail) == (expected.finish, expected.finish_detail)
-    for name in ("token_ids", "position_ids", "block", "branch", "forced", "weight_versions"):
+    streams = ("token_ids", "position_ids", "block", "branch", "forced", "weight_versions")
+    for name in (*streams, "routed_experts"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=tolerance, rtol=0)
 

@@ -12,6 +12,11 @@ from npr_megatron.config.base import Section
 class SglangConfig(Section):
     """What only the SGLang backend has."""
 
+    dp_size: PositiveInt = 1
+    """Data-parallel ranks: copies of the model in one engine, each on ``engine.tp_size`` devices
+    and with a pool of its own. A trajectory is decoded by one of them, all its branches included;
+    pushed weights reach all of them before the next token. For small models on nodes with many
+    devices: one engine then takes as many trajectories as several replicas would."""
     overlap: bool = True
     """Schedule the next batch while one is computed. Not with ``kv_after_push = "keep"``."""
     cuda_graphs: bool = True
@@ -36,12 +41,12 @@ class EngineConfig(Section):
     """How the matrices of the layers are kept. ``fp8``: e4m3 with one scale per block of 128 x 128;
     embedding, norms and head stay in ``dtype``."""
     num_kv_slots: PositiveInt = 65_536
-    """Tokens whose keys and values fit."""
+    """Tokens whose keys and values fit; under SGLang, in each data-parallel rank."""
     max_running: PositiveInt = 128
     """Trajectories decoded at once."""
     max_streams: PositiveInt = 512
     """Streams (trunks and branches) that take a token per step; with more of them open, branches
-    run in waves."""
+    run in waves. Under SGLang, in each data-parallel rank."""
     max_step_tokens: PositiveInt = 2048
     """Tokens per forward pass: longer prompts are computed piece by piece while others decode."""
     max_plans: int = Field(default=5, ge=1, le=9)
@@ -50,8 +55,16 @@ class EngineConfig(Section):
     """What becomes of unfinished trajectories when weights change. ``drop``: they start again from
     their prompts, each finished one is of one version. ``recompute``: they keep their tokens, keys
     and values are computed anew. ``keep``: they keep both."""
+    record_routes: bool = False
+    """Record which experts computed each token, so that the trainer can compute it with the same
+    ones. Reinforcement learning of a model with experts switches it on."""
     debug_checks: bool = False
     """Verify the slot partition after every step."""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that compute for one engine."""
+        return self.tp_size * (self.sglang.dp_size if self.backend == "sglang" else 1)
 
     @property
     def start_timeout_s(self) -> float:

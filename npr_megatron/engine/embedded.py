@@ -149,7 +149,7 @@ class EmbeddedEngine(Engine):
         self._num_steps += 1
         if lost:
             self._fail(lost)
-        ended, self._ended = self._ended + self._scheduler.drop_finished(), []
+        ended, self._ended = self._ended + self._drop_finished(), []
         if self._config.debug_checks:
             self.check_integrity()
         self._tell()
@@ -158,7 +158,7 @@ class EmbeddedEngine(Engine):
             del self._trees[request_id]
             self._deadlines.pop(request_id, None)
             self._watchers.pop(request_id, None)
-        return [tree.flow.trajectory() for tree in ended]
+        return [tree.flow.trajectory(tree.routed_experts) for tree in ended]
 
     @torch.inference_mode()
     def score(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
@@ -239,7 +239,15 @@ class EmbeddedEngine(Engine):
             self._scheduler.drop_waiting(tree)
             self._ended.append(tree)
         else:
-            self._ended += self._scheduler.drop_finished()
+            self._ended += self._drop_finished()
+
+    def _drop_finished(self) -> list[Tree]:
+        """Release what has ended, and keep of its memory what the trajectories record."""
+        if self._config.record_routes:
+            for tree in self._scheduler.finished:
+                if not tree.is_filling:  # its slots are another's still
+                    tree.routed_experts = self._runner.routes(tree.token_slots(self._pool))
+        return self._scheduler.drop_finished()
 
     def _fail(self, lost: Sequence[Segment]) -> None:
         """End the trajectories of segments without a distribution; the others go on."""

@@ -127,11 +127,13 @@ def _at_work(
             trainer=config.trainer,
             run_id=folder.path.name,
             arena_dir=config.cluster.arena_dir,
+            keeping=config.checkpoint,
         ) as trainer,
         Fleet(
             cluster.replica_seats,
             model,
-            config.engine,
+            # A trainer computes a token with the experts that sampled it.
+            config.engine.model_copy(update={"record_routes": model.moe is not None}),
             config.fleet,
             tokenizer.vocabulary,
             source=layout,

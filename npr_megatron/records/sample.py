@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -80,10 +81,8 @@ class PackedBatch:
 
     def take(self, columns: IntArray) -> PackedBatch:
         """Return the tokens at offsets ``columns`` of every row."""
-        streams = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PackedBatch(
-            **{
-                name: stream if stream is None else stream[:, columns]
-                for name, stream in streams.items()
-            }
-        )
+        taken: dict[str, Any] = {}
+        for field in fields(self):
+            stream = getattr(self, field.name)
+            taken[field.name] = None if stream is None else stream[:, columns]
+        return PackedBatch(**taken)

@@ -138,9 +138,15 @@ class Trajectory:
         return int(self.block.max(initial=0))
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain lists and strings, the inverse of :meth:`from_json`."""
+        """Return plain lists and strings, the inverse of :meth:`from_json`.
+
+        Routes are left out: hundreds of numbers a token, and nobody but the optimizer step that
+        follows a rollout needs them.
+        """
         out: dict[str, Any] = {}
         for field in dataclasses.fields(self):
+            if field.name == "routed_experts":
+                continue
             value = getattr(self, field.name)
             if isinstance(value, np.ndarray):
                 value = value.tolist()

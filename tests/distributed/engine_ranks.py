@@ -47,7 +47,11 @@ def fill(storages, model, config, version, rank=0, size=1):
 
 def config_of(weights="as_trained"):
     return EngineConfig(
-        num_kv_slots=2048, debug_checks=True, kv_after_push="recompute", weights=weights
+        num_kv_slots=2048,
+        debug_checks=True,
+        kv_after_push="recompute",
+        weights=weights,
+        record_routes=True,
     )
 
 

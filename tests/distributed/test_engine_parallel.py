@@ -19,7 +19,7 @@ from npr_megatron.errors import DivergenceError, StaleWeightsError
 from npr_megatron.records.trajectory import FinishReason
 from tests.distributed.engine_ranks import CPU, FP8, add_requests, config_of, fill, ranks_of
 from tests.distributed.harness import run_ranks
-from tests.engines import TINY, UNTIED
+from tests.engines import EXPERTS, TINY, UNTIED
 from tests.structures import SMALL
 
 STEPS_PER_PUSH = 8
@@ -115,11 +115,12 @@ def decode_as_rank(rank, size, init_method, model, weights, kind=Ranks):
 
 
 def assert_same(one, other):
-    """Equal tokens and versions, log-probs within 1e-5, decoded and scored."""
+    """Equal tokens, experts and versions, log-probs within 1e-5, decoded and scored."""
     for mine, expected in zip(one[0], other[0], strict=True):
         assert mine.token_ids.tolist() == expected.token_ids.tolist()
         assert mine.branch.tolist() == expected.branch.tolist()
         assert mine.weight_versions.tolist() == expected.weight_versions.tolist()
+        np.testing.assert_array_equal(mine.routed_experts, expected.routed_experts)
         np.testing.assert_allclose(mine.logprobs, expected.logprobs, atol=1e-5, rtol=0)
     for mine, expected in zip(one[1], other[1], strict=True):
         np.testing.assert_allclose(mine, expected, atol=1e-5, rtol=0)
@@ -129,6 +130,7 @@ CASES = {
     "tp2": (2, TINY, "as_trained"),
     "tp4-kv-heads-twice": (4, UNTIED, "as_trained"),
     "tp2-fp8": (2, FP8, "fp8"),
+    "tp2-experts": (2, EXPERTS, "as_trained"),
 }
 
 
@@ -139,8 +141,9 @@ def test_ranks_decode_what_one_process_does_through_pushes_while_decoding(case, 
     finished = expected[0]
     assert any(set(t.branch.tolist()) > {0, 1} for t in finished), "branches are decoded"
     if not model.tie_word_embeddings:
-        assert [t.num_blocks for t in finished if t.finish is FinishReason.STOP] == [2, 2]
+        assert {t.num_blocks for t in finished if t.finish is FinishReason.STOP} == {2}
     assert len({v for t in finished for v in t.weight_versions.tolist()} - {-1}) > 2
+    assert all((t.routed_experts is not None) == (model.moe is not None) for t in finished)
     led, *followers = run_ranks(decode_as_rank, size, tmp_path, model, weights)
     assert_same(led[:2], expected)
     assert followers == [led[2]] * (size - 1), "all ranks ended with the same version"

@@ -1,4 +1,4 @@
-"""The oracle of engine parity: transformers' Qwen3 on the linear form of a response.
+"""The oracle of engine parity: transformers' model on the linear form of a response.
 
 Positions, labels, masks and predecessors come from the texts a response was rendered from
 (``tests.unit.topology.oracles``) and from the rule in words, not from the code under test; what the
@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.records.trajectory import BoolArray, IntArray
@@ -116,14 +116,9 @@ def with_paper_positions(form: LinearForm, structure: Structure) -> LinearForm:
     return dataclasses.replace(form, position_ids=np.array(positions, np.int32))
 
 
-def hf_model(model: ModelConfig, weights: dict[str, torch.Tensor]) -> Qwen3ForCausalLM:
+def hf_model(model: ModelConfig, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """Split the engine's fused storages into the parameters of the reference model."""
-    config = Qwen3Config(
-        **model.model_dump(exclude={"rope_theta"}),
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        attn_implementation="eager",
-    )
-    reference = Qwen3ForCausalLM(config).eval()
+    reference = _untrained(model)
     head = model.head_dim
     rows_q, rows_kv = model.num_attention_heads * head, model.num_key_value_heads * head
     state = {}
@@ -138,8 +133,11 @@ def hf_model(model: ModelConfig, weights: dict[str, torch.Tensor]) -> Qwen3ForCa
                     state["model." + name.replace("gate_up_proj", f"mlp.{part}_proj")] = rows
             case "o_proj" | "q_norm" | "k_norm" as part:
                 state["model." + name.replace(part, f"self_attn.{part}")] = tensor
-            case "down_proj":
-                state["model." + name.replace("down_proj", "mlp.down_proj")] = tensor
+            case "down_proj" | "gate" as part:
+                state["model." + name.replace(part, f"mlp.{part}")] = tensor
+            case "experts":
+                matrix = "gate_up_proj" if name.endswith("w13_weight") else "down_proj"
+                state[f"model.{name.rsplit('.', 2)[0]}.mlp.experts.{matrix}"] = tensor
             case "lm_head":
                 state[name] = tensor
             case _:
@@ -150,8 +148,29 @@ def hf_model(model: ModelConfig, weights: dict[str, torch.Tensor]) -> Qwen3ForCa
     return reference
 
 
+def _untrained(model: ModelConfig) -> PreTrainedModel:
+    rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if model.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **model.rope_scaling.model_dump()}
+    experts = {}
+    if model.moe is not None:
+        experts = model.moe.model_dump(exclude={"num_dense_layers"}) | {
+            "mlp_only_layers": [*range(model.moe.num_dense_layers)],
+            "norm_topk_prob": True,
+            "experts_implementation": "eager",
+        }
+    config = AutoConfig.for_model(
+        model.family,
+        **model.model_dump(exclude={"family", "rope_theta", "rope_scaling", "moe"}),
+        **experts,
+        rope_parameters=rope,
+        attn_implementation="eager",
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def oracle_logprobs(
-    reference: Qwen3ForCausalLM,
+    reference: PreTrainedModel,
     forms: Sequence[LinearForm],
     sees: Callable[[LinearForm], BoolArray] = sees_tree,
 ) -> list[torch.Tensor]:

@@ -22,6 +22,8 @@ from npr_megatron.config.model import ModelConfig
 from npr_megatron.records.trajectory import DecodeMode, Trajectory
 from npr_megatron.schema.tags import Vocabulary
 from tests.engines import (
+    EXPERTS,
+    LLAMA,
     TINY,
     UNTIED,
     assert_nothing_is_left,
@@ -52,7 +54,8 @@ from tests.parity.hf_reference import (
 )
 from tests.structures import NUM_IDS, SMALL, SPLIT, Structure, random_structure
 
-LONG = UNTIED.model_copy(update={"max_position_embeddings": 2048})
+_FAR = {"max_position_embeddings": 2048}
+LONG = UNTIED.model_copy(update=_FAR)
 WIDE = LONG.model_copy(update={"num_attention_heads": 2, "head_dim": 16, "rope_theta": 1e6})
 DEEP = LONG.model_copy(
     update={"num_attention_heads": 6, "num_key_value_heads": 1, "num_hidden_layers": 3}
@@ -98,6 +101,8 @@ CORPORA: dict[str, tuple[ModelConfig, Vocabulary, Prompts, int]] = {
     "deep": (DEEP, SMALL, own_prompts, 2),
     "groups": (LONG, SPLIT, group_prompts, 2),
     "long prompts": (WIDE, SMALL, long_prompts, 2),
+    "experts": (EXPERTS.model_copy(update=_FAR), SMALL, group_prompts, 2),
+    "llama": (LLAMA.model_copy(update=_FAR), SPLIT, group_prompts, 2),
 }
 """Model, vocabulary, prompts, and the seed of weights under which no choice is near a tie."""
 
@@ -202,7 +207,9 @@ def test_a_wrong_oracle_disagrees_on_every_structure(wrong: str) -> None:
     assert num_other_words(logprobs, known.reading.forms) > len(known.structures)
 
 
-@pytest.mark.parametrize("model", [TINY, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "model", [TINY, UNTIED, EXPERTS, LLAMA], ids=["tied", "untied", "experts", "llama"]
+)
 def test_sequential_decoding_equals_transformers(model: ModelConfig) -> None:
     engine = tiny_engine(model=model, seed=5)
     request = request_for(

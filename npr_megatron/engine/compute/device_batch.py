@@ -45,10 +45,13 @@ class DeviceBatch:
 
 
 class Placed(NamedTuple):
-    """What the model needs to know of a batch: its tokens, the logits wanted, how it attends."""
+    """What the model needs to know of a batch: its tokens, where they are kept, the logits wanted,
+    how it attends.
+    """
 
     token_ids: Tensor
     position_ids: Tensor
+    slots: Tensor
     logit_index: Tensor
     attend: Attend
 

@@ -218,7 +218,7 @@ class FlashInferBatches:
                 for kind, tokens, key_slots in zip(found, rest[::2], rest[1::2], strict=False)
             ]
         attend = attend_in_parts(self._kv_cache, slots, parts)
-        return Placed(token_ids, position_ids, logit_index, attend)
+        return Placed(token_ids, position_ids, slots, logit_index, attend)
 
     def _plan(self, rows: PagedRows, key_slots: Tensor, mask: Tensor) -> Any:
         is_causal = rows.mask is None

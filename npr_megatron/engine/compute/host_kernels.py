@@ -116,6 +116,22 @@ def turn(
 
 
 @compiled
+def rotate(heads: Floats, num_turned: int, cos: Floats, signed_sin: Floats) -> None:
+    """Rotate the first ``num_turned`` of ``heads`` [T, N + 2 K, D] in place, as :func:`turn` does
+    behind its norm.
+    """
+    num_rows, _, width = heads.shape
+    half = width // 2
+    for row in range(num_rows):
+        for index in range(num_turned):
+            head = heads[row, index]
+            for i in range(half):
+                left, right = head[i], head[half + i]
+                head[i] = left * cos[row, 0, i] + right * signed_sin[row, 0, i]
+                head[half + i] = right * cos[row, 0, half + i] + left * signed_sin[row, 0, half + i]
+
+
+@compiled
 def gate(gate_up: Floats, out: Floats) -> None:
     """Write SiLU of the first half of [T, 2 I], times the second half, as [T, I]."""
     num_rows, width = out.shape

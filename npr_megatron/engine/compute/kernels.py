@@ -26,11 +26,14 @@ class Kernels(Protocol):
         """Return [T, H] over its root mean square, computed in fp32, times ``weight`` [H]."""
         ...
 
-    def turn(self, heads: Tensor, norms: Tensor, cos: Tensor, signed_sin: Tensor) -> None:
-        """Normalise and rotate the queries and keys of ``heads`` [T, N + 2 K, D], in place.
+    def turn(self, heads: Tensor, norms: Tensor | None, cos: Tensor, signed_sin: Tensor) -> None:
+        """Rotate the queries and keys of ``heads`` [T, N + 2 K, D], in place.
 
         By the HF convention the two halves of D are the pair; cos and sin are [T, 1, D], and the
         first half of the sin is negated.
+
+        Args:
+            norms: of :meth:`head_norms`: queries and keys are normalised first; None leaves them.
         """
         ...
 
@@ -65,10 +68,12 @@ class TorchKernels:
         """Call torch's norm: one kernel on CUDA."""
         return F.rms_norm(hidden, (hidden.shape[-1],), weight, self._eps)
 
-    def turn(self, heads: Tensor, norms: Tensor, cos: Tensor, signed_sin: Tensor) -> None:
+    def turn(self, heads: Tensor, norms: Tensor | None, cos: Tensor, signed_sin: Tensor) -> None:
         """Use that ``rotate_half(x) * sin`` is ``roll(x, D / 2) * signed_sin``: one kernel less."""
         turned = heads[:, : self._num_turned]
-        normed = F.rms_norm(turned, (turned.shape[-1],), None, self._eps) * norms
+        normed = turned
+        if norms is not None:
+            normed = F.rms_norm(turned, (turned.shape[-1],), None, self._eps) * norms
         rolled = torch.roll(normed, normed.shape[-1] // 2, dims=-1)
         torch.addcmul(normed.mul_(cos), rolled, signed_sin, out=turned)
 
@@ -95,17 +100,15 @@ class HostKernels:
         host_kernels.rms_norm(hidden.numpy(), weight.numpy(), self._eps, out.numpy())
         return out
 
-    def turn(self, heads: Tensor, norms: Tensor, cos: Tensor, signed_sin: Tensor) -> None:
+    def turn(self, heads: Tensor, norms: Tensor | None, cos: Tensor, signed_sin: Tensor) -> None:
         """Touch nothing but the heads."""
-        host_kernels.turn(
-            heads.numpy(),
-            self._num_q,
-            self._num_kv,
-            norms.numpy(),
-            self._eps,
-            cos.numpy(),
-            signed_sin.numpy(),
-        )
+        computed, angles = heads.numpy(), (cos.numpy(), signed_sin.numpy())
+        if norms is None:
+            host_kernels.rotate(computed, self._num_q + self._num_kv, *angles)
+        else:
+            host_kernels.turn(
+                computed, self._num_q, self._num_kv, norms.numpy(), self._eps, *angles
+            )
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """Write each result once."""

@@ -1,5 +1,5 @@
-"""The Qwen3 decoder of the engine: live weight storages, the KV cache, one forward over a ragged
-batch.
+"""The decoder of the engine (Qwen3, Qwen3-MoE, Llama): live weight storages, the KV cache, one
+forward over a ragged batch.
 
 Tokens of all requests lie one after another in a flat [T] batch; only attention knows which belongs
 to which (``compute.attention``). Storages are fused and named as ``weights.layouts.engine_layout``
@@ -7,13 +7,14 @@ cuts them, and are written in place for the whole life of the engine, so a view 
 valid. RMS norms, rotary angles and the final log-softmax are computed in fp32, the rest in the
 dtype of the storages.
 
-Over several ranks each holds some heads, some channels of the MLP and some rows of the vocabulary;
-partial results are added after attention and after the MLP, and logits are laid side by side.
+Over several ranks each holds some heads, some channels of the MLP or of every expert, and some rows
+of the vocabulary; partial results are added after attention and after the MLP, and logits are laid
+side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,11 +23,15 @@ from torch import Tensor
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.compute.dense import dense_product
+from npr_megatron.engine.compute.experts import Experts, check_computable
 from npr_megatron.engine.compute.kernels import kernels_for
 from npr_megatron.engine.compute.quantised import Weight, linear, weight_of
 from npr_megatron.engine.compute.ranks import Ranks
+from npr_megatron.engine.compute.routes import Record
+from npr_megatron.topology.rotary import inverse_frequencies
 from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.layouts.served import Quantisation, quantised_layout
+from npr_megatron.weights.names import experts_of
 from npr_megatron.weights.storages import empty_storages
 from npr_megatron.weights.tiles import Layout
 
@@ -36,13 +41,17 @@ Attend = Callable[[int, Tensor], Tensor]
 """(layer, [T, N + 2 K, D] queries, keys and values) -> [T, N * D]."""
 
 
+class _Mlp(NamedTuple):
+    gate_up: Weight
+    down: Weight
+
+
 class _Layer(NamedTuple):
     input_norm: Tensor
     qkv: Weight
     attention_out: Weight
     post_norm: Tensor
-    gate_up: Weight
-    down: Weight
+    mlp: _Mlp | Experts
 
 
 def storage_layout(
@@ -65,6 +74,10 @@ class EngineModel:
         weights: how the matrices of the layers are kept.
         ranks: those the model is cut over, all of which call ``hidden`` and ``logits`` alike; None
             for a model that is whole.
+
+    Raises:
+        InputError: the model has parts that are not computed here.
+        LayoutError: the model cannot be cut so.
     """
 
     def __init__(
@@ -77,6 +90,7 @@ class EngineModel:
         weights: WeightFormat = "as_trained",
         ranks: Ranks | None = None,
     ) -> None:
+        check_computable(model)
         self.config = model
         self.device = device
         self._ranks = ranks
@@ -95,25 +109,38 @@ class EngineModel:
             for _ in range(model.num_hidden_layers)
         ]
         """Per layer [slots + 1, 2 K, D]: K keys, then K values, so one gather reads both."""
+        self._kernels = kernels_for(device, dtype, (self.num_q, self.num_kv), model.rms_norm_eps)
         self._layers = [self._bind(layer) for layer in range(model.num_hidden_layers)]
-        self._head_norms = self._fuse_head_norms()
+        self._head_norms = self._fuse_head_norms() if model.has_qk_norm else None
         self._head = self.weights[
             "embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight"
         ]
-        self._kernels = kernels_for(device, dtype, (self.num_q, self.num_kv), model.rms_norm_eps)
         self._cos, self._signed_sin = _rotary_tables(model, dtype, device)
 
-    def hidden(self, token_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+    @property
+    def asks_the_host(self) -> bool:
+        """Whether a pass has to wait for the device, because work is shared out on the host."""
+        mlps = [layer.mlp for layer in self._layers]
+        return any(isinstance(mlp, Experts) and not mlp.is_grouped for mlp in mlps)
+
+    def hidden(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        attend: Attend,
+        record: Record | None = None,
+    ) -> Tensor:
         """Return [T, H] normalised hidden states of a flat batch.
 
         Args:
             token_ids: [T] int.
             position_ids: [T] int logical positions.
             attend: attention over this batch and whatever it stands for in the cache.
+            record: is told which experts compute the batch.
         """
         kernels = self._kernels
         hidden = self._embed(token_ids)
-        head_norms = kernels.head_norms(self._head_norms)
+        head_norms = self._spread_head_norms()
         cos = self._cos.index_select(0, position_ids)
         signed_sin = self._signed_sin.index_select(0, position_ids)
         num_heads, size = self.num_q + 2 * self.num_kv, self.config.head_dim
@@ -123,8 +150,11 @@ class EngineModel:
             kernels.turn(heads, head_norms[index], cos, signed_sin)
             hidden = hidden + self._sum(linear(attend(index, heads), layer.attention_out))
             normed = kernels.norm(hidden, layer.post_norm)
-            gated = kernels.gate(linear(normed, layer.gate_up))
-            hidden = hidden + self._sum(linear(gated, layer.down))
+            if isinstance(layer.mlp, Experts):
+                computed = self._route(index, layer.mlp, normed, record)
+            else:
+                computed = linear(kernels.gate(linear(normed, layer.mlp.gate_up)), layer.mlp.down)
+            hidden = hidden + self._sum(computed)
         return kernels.norm(hidden, self.weights["norm.weight"])
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -147,6 +177,20 @@ class EngineModel:
         """Return the result of a matrix whose columns are spread over the ranks."""
         return partial if self._ranks is None else self._ranks.sum(partial)
 
+    def _route(self, layer: int, experts: Experts, hidden: Tensor, record: Record | None) -> Tensor:
+        """Return what the experts of ``layer`` make of ``hidden`` [T, H]."""
+        shares, chosen = experts.route(hidden)
+        if record is not None:
+            assert self.config.moe is not None
+            record(layer - self.config.moe.num_dense_layers, chosen)
+        return experts.compute(hidden, shares, chosen)
+
+    def _spread_head_norms(self) -> Sequence[Tensor | None]:
+        """Return per layer what the kernels take for the norms of heads."""
+        if self._head_norms is None:
+            return [None] * len(self._layers)
+        return self._kernels.head_norms(self._head_norms)
+
     def _fuse_head_norms(self) -> Tensor:
         """Lay query and key norms of all layers side by side, [layers, 2, D], as live storages."""
         config = self.config
@@ -167,13 +211,17 @@ class EngineModel:
         def matrix(name: str) -> Weight:
             return weight_of(f"layers.{layer}.{name}_proj.weight", self.weights)
 
+        moe = experts_of(self.config, layer)
+        if moe is None:
+            mlp = _Mlp(matrix("gate_up"), matrix("down"))
+        else:
+            mlp = Experts(self.weights, f"layers.{layer}.", moe, self._kernels)
         return _Layer(
             input_norm=norm("input"),
             qkv=matrix("qkv"),
             attention_out=matrix("o"),
             post_norm=norm("post_attention"),
-            gate_up=matrix("gate_up"),
-            down=matrix("down"),
+            mlp=mlp,
         )
 
 
@@ -181,8 +229,7 @@ def _rotary_tables(
     model: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return cos and signed sin, each [max positions, 1, D]; angles are computed in fp32."""
-    half = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device) / model.head_dim
-    frequencies = 1.0 / model.rope_theta**half
+    frequencies = torch.from_numpy(inverse_frequencies(model)).to(device)
     positions = torch.arange(model.max_position_embeddings, dtype=torch.float32, device=device)
     angles = torch.outer(positions, frequencies)
     cos = torch.cat((angles.cos(), angles.cos()), dim=-1)

@@ -32,6 +32,7 @@ from npr_megatron.engine.compute.decode_rows import (
 )
 from npr_megatron.engine.compute.device_batch import DeviceGroup
 from npr_megatron.engine.compute.model import Attend, EngineModel
+from npr_megatron.engine.compute.routes import RouteCache
 from npr_megatron.engine.compute.transfer import Staging
 
 _NUM_FIELDS = 5
@@ -116,11 +117,15 @@ class StaticDecode:
     Use: ``load``, then ``forward`` or the replay of its capture, then ``result``.
 
     Args:
-        model: its last slot is the spare one.
+        model: its last slot is the spare one, and its passes ask the host nothing.
+        routes: where experts are recorded, of as many slots; None records nothing.
     """
 
-    def __init__(self, model: EngineModel, reader: KeyReader) -> None:
+    def __init__(
+        self, model: EngineModel, reader: KeyReader, routes: RouteCache | None = None
+    ) -> None:
         self._model = model
+        self._routes = routes
         self.reader = reader
         max_rows = round_up_rows(reader.limits.max_rows)
         self._num_fields = _NUM_FIELDS * max_rows
@@ -159,10 +164,11 @@ class StaticDecode:
     def forward(self, bucket: Bucket) -> None:
         """Run the model on the static buffers; no result is read, nothing waits."""
         token_ids, position_ids, slots, lengths, _ = self._fields[:, : bucket.num_rows]
-        # index_copy_ takes no int32; converted once, not once a layer.
-        attend = self.reader.attention(bucket, slots.long(), lengths, self._reads)
+        slots = slots.long()  # index_copy_ takes no int32; converted once, not once a layer
+        attend = self.reader.attention(bucket, slots, lengths, self._reads)
+        record = None if self._routes is None else self._routes.recorder(slots)
         with sdpa_kernel(_BACKENDS):
-            hidden = self._model.hidden(token_ids, position_ids, attend)
+            hidden = self._model.hidden(token_ids, position_ids, attend, record)
         self._logits[: bucket.num_rows].copy_(self._model.logits(hidden))
 
     def result(self, num_logits: int) -> Tensor:

@@ -30,9 +30,10 @@ from torch import Tensor
 from npr_megatron.engine.compute.ranks import Ranks
 from npr_megatron.engine.compute.runner import Runner
 from npr_megatron.engine.live_weights import LiveWeights
+from npr_megatron.engine.memory.pool import SlotArray
 from npr_megatron.engine.schedule.batch import Batch
 from npr_megatron.errors import DivergenceError, EnvironmentFault, StaleWeightsError
-from npr_megatron.records.trajectory import FloatArray, Trajectory
+from npr_megatron.records.trajectory import FloatArray, RouteArray, Trajectory
 
 _READY, _NOT_STAGED, _NOT_FINITE = range(3)
 """What a rank says of a version that is to be committed."""
@@ -65,6 +66,10 @@ class LeaderRunner:
         """
         with self._ordered(_Order("run", batch)):
             return self._local.run(batch)
+
+    def routes(self, slots: SlotArray) -> RouteArray | None:
+        """Return the experts that computed the tokens in ``slots``: all ranks route alike."""
+        return self._local.routes(slots)
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         """Return, per trajectory, [T] log-probs by one masked pass.

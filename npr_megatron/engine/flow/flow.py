@@ -25,7 +25,7 @@ from npr_megatron.engine.flow.ledger import Ledger, Usage
 from npr_megatron.engine.flow.segment import Segment, linearise
 from npr_megatron.records.randomness import branch_key
 from npr_megatron.records.request import GenerationRequest, RefusalPolicy
-from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
+from npr_megatron.records.trajectory import DecodeMode, FinishReason, RouteArray, Trajectory
 from npr_megatron.schema.grammar import Grammar, State
 from npr_megatron.schema.rules import Rule
 from npr_megatron.topology.cursor import TopologyCursor
@@ -240,8 +240,12 @@ class Flow:
             self.decoding = [other for other in self.decoding if other is not stream]
         return is_closed_by_force
 
-    def trajectory(self) -> Trajectory:
-        """Return the record of a finished flow: trunk, branch 1, branch 2, ..., trunk."""
+    def trajectory(self, routed_experts: RouteArray | None = None) -> Trajectory:
+        """Return the record of a finished flow: trunk, branch 1, branch 2, ..., trunk.
+
+        Args:
+            routed_experts: of its tokens, in this order.
+        """
         if self.finish is None:
             raise AssertionError(f"the trajectory of {self.request.request_id} has not ended")
         request = self.request
@@ -252,6 +256,7 @@ class Flow:
             prompt_length=len(request.prompt_ids),
             finish=self.finish,
             finish_detail=self.finish_detail,
+            routed_experts=routed_experts,
             **linearise(self.segments),
         )
 

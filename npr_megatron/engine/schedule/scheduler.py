@@ -88,9 +88,14 @@ class Scheduler:
         """Forget a tree that holds no memory."""
         self.waiting.remove(tree)
 
+    @property
+    def finished(self) -> list[Tree]:
+        """Running trees whose flow has ended; they still hold their slots."""
+        return [tree for tree in self.running if tree.flow.finish is not None]
+
     def drop_finished(self) -> list[Tree]:
         """Release and return every running tree whose flow has ended."""
-        ended = [tree for tree in self.running if tree.flow.finish is not None]
+        ended = self.finished
         for tree in ended:
             flow = tree.flow
             if flow.finish is not None and flow.finish.is_of_policy:

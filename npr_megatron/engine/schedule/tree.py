@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from npr_megatron.engine.flow.flow import Flow, Stream
-from npr_megatron.engine.flow.segment import linearise
-from npr_megatron.engine.memory.pool import SlotPool
+from npr_megatron.engine.flow.segment import Segment, linearise
+from npr_megatron.engine.memory.pool import SlotArray, SlotPool
 from npr_megatron.engine.memory.prefixes import Prefix
 from npr_megatron.engine.schedule.feed import Feed
+from npr_megatron.records.trajectory import RouteArray
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +42,8 @@ class Tree:
     """Whether its prompt or replay is still to be computed."""
     replay: Feed | None = None
     """What is still to be computed before the streams can go on after a suspension."""
+    routed_experts: RouteArray | None = None
+    """[T, M, K] of a tree that has ended, where they were recorded; see ``Trajectory``."""
     _num_fed: dict[Stream, int] = field(default_factory=dict)
     """While suspended: slots each stream owned."""
 
@@ -101,6 +104,16 @@ class Tree:
         num_fed = {stream: len(pool.read_own(stream.row)) for stream in streams}
         self._num_fed = num_fed if any(num_fed.values()) else {}
 
+    def token_slots(self, pool: SlotPool) -> SlotArray:
+        """Return [T] the slot of every token of an open tree, in the order of its trajectory; 0
+        where a token was never fed.
+        """
+        parts: list[SlotArray] = []
+        for segments, slots in self._parts(pool):
+            num_tokens = sum(len(segment.token_ids) for segment in segments)
+            parts += [slots, np.zeros(num_tokens - len(slots), np.int32)]
+        return np.concatenate(parts)
+
     def start_again(self) -> None:
         """Forget what a closed tree has generated."""
         self.flow = self.flow.anew()
@@ -134,16 +147,20 @@ class Tree:
 
         The prompt's tokens but the last live in the prompt's own row and are left out.
         """
-        flow = self.flow
-        live = [branch.segment for branch in flow.branches]
-        joined = [segment for segment in flow.segments if segment not in live]
-        parts = [(linearise(joined), pool.read(flow.trunk.row))]
-        parts += [
-            (linearise([branch.segment]), pool.read_own(branch.row)) for branch in flow.branches
-        ]
+        parts = [(linearise(segments), slots) for segments, slots in self._parts(pool)]
         streams = {
             name: np.concatenate([part[name][: len(slots)] for part, slots in parts])
             for name in ("token_ids", "position_ids", "block", "branch")
         }
         slots = np.concatenate([slots for _, slots in parts])
         return Feed.of_tree(streams, slots, len(self.shared_tokens))
+
+    def _parts(self, pool: SlotPool) -> list[tuple[list[Segment], SlotArray]]:
+        """Return the trunk with what has joined it, then each live branch: segments, and the slots
+        of the tokens fed so far.
+        """
+        flow = self.flow
+        live = [branch.segment for branch in flow.branches]
+        joined = [segment for segment in flow.segments if segment not in live]
+        trunk = [(joined, pool.read(flow.trunk.row))]
+        return trunk + [([branch.segment], pool.read_own(branch.row)) for branch in flow.branches]

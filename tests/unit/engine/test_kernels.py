@@ -50,6 +50,22 @@ def test_turned_heads_equal_those_of_torch_and_values_stay(size: int) -> None:
     assert torch.equal(turned[:, sum(_HEADS) :], heads[:, sum(_HEADS) :])
 
 
+def test_heads_without_norms_are_rotated_only() -> None:
+    host, reference = _both()
+    heads, angles = _numbers(5, sum(_HEADS) + 2, 16), _numbers(5, 1, 8, seed=2)
+    cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
+    signed_sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    low, high = heads[:, : sum(_HEADS)].chunk(2, dim=-1)
+    rotated = torch.cat(
+        (low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()), -1
+    )
+    for kernels in (host, reference):
+        turned = heads.clone()
+        kernels.turn(turned, None, cos, signed_sin)
+        torch.testing.assert_close(turned[:, : sum(_HEADS)], rotated, rtol=2e-6, atol=1e-6)
+        assert torch.equal(turned[:, sum(_HEADS) :], heads[:, sum(_HEADS) :])
+
+
 def test_what_is_no_number_stays_none() -> None:
     """So broken weights are noticed, however compilers reorder."""
     hidden = _numbers(4, 16)

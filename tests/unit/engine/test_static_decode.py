@@ -25,9 +25,9 @@ from npr_megatron.engine.compute.runner import LocalRunner
 from npr_megatron.engine.compute.static_decode import GatherReader, StaticDecode
 from npr_megatron.engine.compute.transfer import Upload
 from npr_megatron.engine.embedded import EmbeddedEngine
-from npr_megatron.engine.memory.pool import SlotPool
+from npr_megatron.engine.memory.pool import SlotArray, SlotPool
 from npr_megatron.engine.schedule.batch import Batch, assemble
-from npr_megatron.records.trajectory import FloatArray, Trajectory
+from npr_megatron.records.trajectory import FloatArray, RouteArray, Trajectory
 from tests.batches import (
     decode_batch,
     feed_on,
@@ -302,6 +302,9 @@ class BothWays:
             self.num_mixed += len(batch.logit_index) < len(batch.token_ids)
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
         return expected
+
+    def routes(self, slots: SlotArray) -> RouteArray | None:
+        return self._local.routes(slots)
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
         return self._local.score(trajectories)
