@@ -99,8 +99,8 @@ class RouteReplay:
                 routes = RouterRoutes()
                 router: Any = layer.router
                 router.router_replay = routes
-                # Megatron counts layers from 1, and over all stages and chunks.
-                self._routers.append((layer.layer_number - 1 - num_dense_layers, routes))
+                number: Any = layer.layer_number  # from 1, over all stages and chunks
+                self._routers.append((number - 1 - num_dense_layers, routes))
 
     def begin(self, routed_experts: Tensor | None) -> None:
         """Let the forward pass that follows use [S, B, M, K] experts of its tokens; None none."""
