@@ -90,7 +90,7 @@ def _rows(parallel: ParallelConfig, trainer: TrainerConfig) -> Iterator[str]:
     slices, multiple = parallel.row_slices, row_multiple(parallel, trainer)
     if trainer.row_tokens % multiple == 0 or (slices == 1 and trainer.fp8 is None):
         return
-    reasons = []
+    reasons: list[str] = []
     if slices > 1:
         named = f"parallel.tp_size {parallel.tp_size}"
         if parallel.cp_size > 1:

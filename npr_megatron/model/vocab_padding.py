@@ -8,6 +8,8 @@ of ``weights.layouts`` does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
@@ -27,6 +29,7 @@ def clear_padding(chunk: GPTModel, vocab_size: int) -> None:
         weights.append(chunk.embedding.word_embeddings.weight)
     if chunk.post_process:
         weights.append(chunk.output_layer.weight)  # None where it is the embedding's
+    tp_group: Any = chunk.tp_group
     for weight in weights:
         if weight is not None:
-            weight[num_own_tokens(len(weight), vocab_size, chunk.tp_group) :] = 0
+            weight[num_own_tokens(len(weight), vocab_size, tp_group) :] = 0

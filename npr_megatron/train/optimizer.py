@@ -104,8 +104,8 @@ def take_step(optimizer: MegatronOptimizer, learning_rate: float, norm: float) -
 
     Collective over all ranks.
     """
+    assert isinstance(optimizer, ChainedOptimizer) and optimizer.config is not None
     clip_grad = optimizer.config.clip_grad
-    assert isinstance(optimizer, ChainedOptimizer)
     chain = optimizer.chained_optimizers  # experts have one of their own
     parameters: list[torch.Tensor] = [p for part in chain for p in part.get_parameters()]
     if clip_grad > 0 and parameters:
