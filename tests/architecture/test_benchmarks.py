@@ -82,6 +82,24 @@ def test_the_benchmark_of_the_trainer_measures_every_promise():
     assert {figure["verdict"] for figure in figures} <= {"PASS", "MISS", ""}
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_fp8_trains_and_says_what_a_machine_cannot_do():
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/bench_train_device.py"), "--json"]
+    result = subprocess.run(
+        [*command, "--quick", "--rows", "64", "--steps", "3", "--recipes", "bf16", "mxfp8"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    figures = {figure["name"]: figure for figure in json.loads(result.stdout)}
+    losses = list(map(float, figures["tokens/s, bf16, rows of 64"]["detail"].split()))
+    assert losses == sorted(losses, reverse=True), "the same rows are learnt again and again"
+    is_trained = "tokens/s, mxfp8, rows of 64" in figures
+    assert is_trained or 'mxfp8 is left out: trainer.fp8 = "mxfp8" was asked for' in result.stderr
+
+
 def sglang_figures(*options: str) -> dict[str, dict[str, dict]]:
     """Return the figures of the benchmark of branches on SGLang, by measure and side."""
     command = [sys.executable, str(ROOT / "tools/bench_sglang.py"), "--json", "--quick", *options]
