@@ -7,6 +7,7 @@ come back where the layout is the same, and stay as the ranks were seeded where 
 
 from __future__ import annotations
 
+import gc
 import io
 import queue
 from collections.abc import Sequence
@@ -82,6 +83,10 @@ class SavePlanner:
                 self._strategy, group, do_cache_distribution=True
             )
         self._is_first = True
+        # Megatron collects garbage in every plan, which takes 0.4 s over all that a rank has
+        # imported and 10 ms over the rest.
+        gc.collect()
+        gc.freeze()
 
     def plan(self, step: int, partial: Path) -> SavePlan:
         """Return what this rank has to write to ``partial``. Collective; writes nothing."""
