@@ -111,7 +111,8 @@ def _activations(
     saved = layers * _saved_in_a_layer(model, parallel, trainer.recompute)
     saved *= _num_waiting(parallel, stage)
     if stage == parallel.pp_size - 1:
-        saved += model.hidden_size  # what the head multiplies; it is kept whole
+        saved += -(-model.hidden_size // parallel.tp_size)  # of the last norm
+        saved += model.hidden_size  # what the head multiplies, uncut
     return saved * _num_tokens(parallel, trainer) * _BYTES[trainer.dtype]
 
 
@@ -149,13 +150,15 @@ def _saved_in_a_layer(
         return -(-model.hidden_size // parallel.tp_size)
     # Two norms: input and output, cut over the ranks by sequence parallelism.
     hidden = 4 * model.hidden_size
-    # The fused product; queries and keys normed; what attention returns.
-    attention = 3 * queries + 3 * keys
-    if recompute == "none":
-        # Queries and keys rotated, and what attention takes; keys and values of other ranks.
-        attention += 2 * queries + 4 * keys + 2 * (parallel.cp_size - 1) * keys
+    # The fused product; queries in one piece for their norm; what attention takes and returns.
+    attention = 4 * queries + 3 * keys
+    if parallel.cp_size > 1 and recompute == "none":
+        # Instead of this rank's keys, the keys and values of all.
+        attention += (2 * parallel.cp_size - 1) * keys
     # Gate and up, and the steps of the activation up to the input of the last product.
     mlp = 5 * _active_width(model, model.moe)
+    if recompute == "selective" and model.moe is None:
+        mlp = 0
     return -(-(hidden + attention + mlp) // parallel.tp_size)
 
 

@@ -95,8 +95,8 @@ class TrainerConfig(Section):
     num_last_layers_bf16: NonNegativeInt = 0
     """Trailing layers likewise."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What backward computes again instead of keeping it: nothing, core attention, or each layer
-    from its input."""
+    """What backward computes again instead of keeping it: nothing; core attention and dense MLPs;
+    each layer from its input."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Muon orthogonalises the updates of matrices inside layers and leaves the rest to AdamW; it
     needs NVIDIA's package emerging_optimizers, and each replica keeps the whole state."""

@@ -23,7 +23,9 @@ from npr_megatron.weights.storages import DTYPES
 
 _RECOMPUTE_FLAGS: dict[str, dict[str, Any]] = {
     "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    # Core attention keeps no more than it takes and gives, here as in every fused kernel, but for
+    # the keys and values of other ranks; what fills the memory of a layer is its MLP.
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
     "full": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",

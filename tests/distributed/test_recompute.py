@@ -22,11 +22,13 @@ KINDS = ("none", "selective", "full")
 
 
 def learn_each_way(rank: int, world_size: int, init_method: str, job: Job) -> list[Any]:
-    """Return for each kind of recompute what was learnt, and how often attention and norms ran."""
+    """Return for each kind of recompute what was learnt, and how often modules ran."""
+    from megatron.core.transformer.mlp import MLP
+
     from npr_megatron.model.attention import BranchCore
     from npr_megatron.model.norm import RMSNorm
 
-    counts = {BranchCore: 0, RMSNorm: 0}
+    counts = {BranchCore: 0, MLP: 0, RMSNorm: 0}
 
     def counted(module: Any) -> None:
         original = module.forward
@@ -71,7 +73,7 @@ def test_recomputed_training_is_the_same_training(name, hf_folder, tmp_path):
         compare(run, runs[0])
     for rank in ranks:
         none, selective, full = (counts for _, counts in rank)
-        attention, norms = none
-        assert selective == [2 * attention, norms], "core attention alone runs again"
+        attention, mlps, norms = none
+        assert selective == [2 * attention, 2 * mlps, norms]
         # The last norm of the model is behind the layers.
-        assert full[0] == 2 * attention and 2 * norms - full[1] in (0, 8)
+        assert full[:2] == [2 * attention, 2 * mlps] and 2 * norms - full[2] in (0, 8)
