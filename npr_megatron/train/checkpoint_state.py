@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.metadata import Metadata
@@ -140,7 +141,11 @@ def _sharded(state: TrainerState, step: int, *, is_loading: bool) -> dict[str, A
     random = ShardedObject(
         _RANDOM, _random_states(), (dist.get_world_size(),), (dist.get_rank(),), replica_id=0
     )
-    return {**models, "optimizer": optimizer, "step": torch.tensor(step), _RANDOM: random}
+    whole = {**models, "optimizer": optimizer, "step": torch.tensor(step), _RANDOM: random}
+    # Weights kept in FP8 are stored as the numbers they mean, for whoever goes on from them; and
+    # the process that writes could not work those out.
+    force_all_tensors_to_non_fp8(whole)
+    return whole
 
 
 def _replicas() -> dist.ProcessGroup:

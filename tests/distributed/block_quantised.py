@@ -63,11 +63,14 @@ class BlockQuantised(Tensor):
 
 def keep_weights_in_fp8() -> None:
     """Build linear layers with such weights in this process, and answer Megatron's hooks."""
+    import megatron.core.utils as megatron_utils
     from megatron.core import fp8_utils
+    from packaging.version import Version
 
     from npr_megatron.model import build
     from npr_megatron.train import rank
 
+    megatron_utils._te_version = Version("2.9.0")  # of such tensors; asked before reading them
     utils: Any = fp8_utils
     utils.HAVE_TE_FP8_TENSOR_CLASS, utils.FP8_TENSOR_CLASS = True, BlockQuantised
     utils._modify_underlying_storage_impl = _move_codes

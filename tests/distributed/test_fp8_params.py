@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,8 @@ def train(
     results = [trainer.train_step(batch) for batch in job.batches]
     trained = optimizer_weights(trainer)
     trainer.gather_weights()
+    if job.save_to is not None:
+        trainer.save(job.save_to, {})
     in_fp8 = [name for name, held in trainer._parameters.items() if is_float8tensor(held)]
     seen = Seen(
         loaded=loaded,
@@ -104,6 +107,23 @@ def train(
     )
     trainer.close()
     return seen
+
+
+def resume(
+    rank: int,
+    world_size: int,
+    init_method: str,
+    job: Job,
+    changes: tuple[Callable[[], None], ...],
+) -> tuple[Arrays, Arrays]:
+    """Return the weights that a checkpoint gives, and those of the optimizer."""
+    for change in changes:
+        change()
+    trainer = open_rank(rank, world_size, init_method, job)
+    trainer.load(job.load_from)
+    found = arrays(trainer.storages), optimizer_weights(trainer)
+    trainer.close()
+    return found
 
 
 def arrays(storages: dict[str, Any]) -> Arrays:
@@ -168,12 +188,17 @@ def pulled(trainer: Any, world_size: int, job: Job) -> Arrays:
 def run(hf_folder, tmp_path_factory) -> Callable[..., list[Seen]]:
     folder = tmp_path_factory.mktemp("fp8-params")
 
-    def seen(parallel: ParallelConfig, fault: Callable[[], None] | None = None) -> list[Seen]:
+    def seen(
+        parallel: ParallelConfig,
+        fault: Callable[[], None] | None = None,
+        save_to: Path | None = None,
+    ) -> list[Seen]:
         job = Job(
             hf_folder=hf_folder,
             parallel=parallel,
             trainer=TRAINER,
             batches=step_batches("papo", 3),
+            save_to=save_to,
         )
         changes = (keep_weights_in_fp8, *([fault] if fault else []))
         return run_ranks(train, parallel.world_size, folder, job, BLOCK, changes)
@@ -204,6 +229,27 @@ def test_what_is_published_is_what_quantising_the_fp32_weights_gives(is_overlapp
     for name, stored in first.stored.items():
         assert np.array_equal(stored, second.stored[name]), f"replicas differ in {name}"
     assert np.isfinite(first.losses).all()
+
+
+def test_a_checkpoint_holds_what_the_weights_mean_for_any_trainer(run, hf_folder, tmp_path):
+    saved, _ = run(ParallelConfig(dp_size=2), save_to=tmp_path / "saved")
+    plain = TrainerConfig(dtype="bf16", row_tokens=448)
+    for num_replicas, trainer, changes in (
+        (2, TRAINER, (keep_weights_in_fp8,)),
+        (1, TRAINER, (keep_weights_in_fp8,)),
+        (1, plain, ()),
+    ):
+        job = Job(
+            hf_folder=hf_folder,
+            parallel=ParallelConfig(dp_size=num_replicas),
+            trainer=trainer,
+            load_from=tmp_path / "saved",
+        )
+        (weights, in_optimizer), *_ = run_ranks(resume, num_replicas, tmp_path, job, changes)
+        for name, stored in saved.stored.items():
+            assert np.array_equal(weights[name], stored), f"{name} came back otherwise"
+        for name, trained in saved.trained.items():
+            assert np.array_equal(in_optimizer[name], trained), f"the optimizer lost {name}"
 
 
 FAULTS = {
