@@ -47,8 +47,8 @@ class LabelHead(ColumnParallelLinear):
     def take_over(cls, head: Any, vocab_size: int) -> None:
         """Make a head that Megatron has built one of these; weights and hooks stay."""
         assert type(head) is ColumnParallelLinear and head.bias is None
-        head.__class__ = cls
-        head.vocab_size = vocab_size
+        own: Any = head
+        own.__class__, own.vocab_size = cls, vocab_size
 
     def forward(self, hidden: Tensor, weight: Tensor | None, labels: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - it answers another question
         """Return what :func:`label_scores` does.

@@ -67,7 +67,7 @@ def run_schedule(
         batch = next(iterator)
         own = batch.take(columns)
         inputs = stage_inputs(batch, own, stage.model, stage.dtype, stage.cp_group)
-        return chunk(**inputs), lambda scores: output_fn(*scores, own)
+        return chunk(**inputs), lambda scores: output_fn(scores[0], scores[1], own)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,

@@ -60,15 +60,12 @@ def test_recomputed_training_is_the_same_training(name, hf_folder, tmp_path):
     parallel = LAYOUTS[name]
     job = Job(hf_folder=hf_folder, parallel=parallel, batches=step_batches("papo", 2))
     ranks = run_ranks(learn_each_way, 2, tmp_path, job)
-    runs = [
-        Run(
-            learnt[0].results,
-            whole_model([each.gradients for each in learnt], MODEL, parallel),
-            whole_model([each.storages for each in learnt], MODEL, parallel),
-            learnt,
-        )
-        for learnt in ([rank[i][0] for rank in ranks] for i in range(len(KINDS)))
-    ]
+    runs = []
+    for number in range(len(KINDS)):
+        learnt = tuple(rank[number][0] for rank in ranks)
+        gradients = whole_model([each.gradients for each in learnt], MODEL, parallel)
+        weights = whole_model([each.storages for each in learnt], MODEL, parallel)
+        runs.append(Run(learnt[0].results, gradients, weights, learnt))
     for run in runs[1:]:
         compare(run, runs[0])
     for rank in ranks:
