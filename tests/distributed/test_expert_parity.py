@@ -19,7 +19,6 @@ from tests.distributed.parity import GRADIENT, NORM, REPLICAS, ROWS, Run, compar
 DENSE_FIRST = with_dense_layers(MOE, 2)
 LAYOUTS = {
     "ep2": layout(MOE, dp_size=2, ep_size=2),
-    "ep2 overlapped": layout(MOE, dp_size=2, ep_size=2, overlap_data_parallel=True),
     "ep2 tp2 etp1": layout(MOE, tp_size=2, ep_size=2, etp_size=1),
     "ep2 tp2 etp2": layout(MOE, tp_size=2, dp_size=2, ep_size=2, etp_size=2),
     "ep2 dp4": layout(MOE, dp_size=4, ep_size=2, overlap_data_parallel=True),
@@ -31,7 +30,6 @@ LAYOUTS = {
     "tp2 etp1": layout(MOE, tp_size=2, etp_size=1),
     "tp2 etp2": layout(MOE, tp_size=2),
     "llama tp2 pp2": layout(LLAMA, tp_size=2, pp_size=2),
-    "llama cp2": layout(LLAMA, cp_size=2),
     "tp2 padded": layout(UNTIED, tp_size=2, vocab_divisor=24),
     "tp2 padding alone on a rank": layout(MODEL, tp_size=2, vocab_divisor=64),
     "pp2 padded, tied": layout(MODEL, pp_size=2, vocab_divisor=24),
