@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from npr_megatron.model.host_norm import host_rms_norm
+
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm, called as a Megatron spec calls its norms.
@@ -28,4 +30,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return ``hidden`` [..., H] scaled to unit root mean square, times the weight."""
-        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+        if hidden.is_cuda:
+            return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+        return host_rms_norm(hidden, self.weight, self.eps)
