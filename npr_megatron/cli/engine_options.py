@@ -33,3 +33,11 @@ TpSize = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+DpSize = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Copies of the model in one SGLang engine, each on --tp-size devices.",
+        rich_help_panel=_ENGINE,
+    ),
+]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from npr_megatron.cli import generate_options as option
 from npr_megatron.cli.answering import carry_out
-from npr_megatron.cli.engine_options import Backend, BackendOption, TpSize
+from npr_megatron.cli.engine_options import Backend, BackendOption, DpSize, TpSize
 from npr_megatron.cli.options import Json
 from npr_megatron.cli.prompt_files import read_prompts
 from npr_megatron.config.hf_architecture import read_trainable_architecture
@@ -37,6 +37,7 @@ def generate(
     max_running: option.MaxRunning = 128,
     backend: BackendOption = Backend.EMBEDDED,
     tp_size: TpSize = 1,
+    dp_size: DpSize = 1,
     device: option.Device = None,
     dtype: option.DtypeOption = None,
     weights: option.WeightsOption = option.Weights.AS_TRAINED,
@@ -58,7 +59,6 @@ def generate(
     A prompt that cannot be answered (too long, or with signs the tokenizer does not know) is named
     and left out; the others are answered, and the exit code is 2.
     """
-    asked = read_prompts(prompts or [], file)
     if samples > 1 and temperature == 0.0:
         raise InputError(
             f"{samples} samples were asked for at temperature 0, where all would be the same; "
@@ -83,12 +83,13 @@ def generate(
     )
     order = AnswerOrder(
         model_folder=model_folder,
-        questions={prompt.name: prompt.text for prompt in asked},
+        questions={x.name: x.text for x in read_prompts(prompts or [], file)},
         template=template,
         num_samples=samples,
         is_budget_firm=max_new_tokens is not None,
         backend=backend.value,
         tp_size=tp_size,
+        dp_size=dp_size,
         device=device,
         dtype=None if dtype is None else dtype.value,
         weights=weights.value,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 from npr_megatron.cli import serve_options as option
-from npr_megatron.cli.engine_options import Backend, BackendOption, TpSize
+from npr_megatron.cli.engine_options import Backend, BackendOption, DpSize, TpSize
 from npr_megatron.cli.generate_options import Device, DtypeOption, Weights, WeightsOption
 from npr_megatron.cli.interrupt import interruptible
-from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.engine import EngineConfig, SglangConfig
 from npr_megatron.serving.serve_order import ServeOrder
 
 
@@ -23,6 +23,7 @@ def serve(
     drain_seconds: option.DrainSeconds = 30.0,
     backend: BackendOption = Backend.EMBEDDED,
     tp_size: TpSize = 1,
+    dp_size: DpSize = 1,
     device: Device = None,
     dtype: DtypeOption = None,
     weights: WeightsOption = Weights.AS_TRAINED,
@@ -52,6 +53,7 @@ def serve(
         engine=EngineConfig(
             backend=backend.value,
             tp_size=tp_size,
+            sglang=SglangConfig(dp_size=dp_size),
             dtype="fp32" if dtype is None else dtype.value,
             weights=weights.value,
             num_kv_slots=kv_slots,

@@ -38,11 +38,12 @@ def engine_problems(
 
 def seat_problems(engine: EngineConfig, cluster: ClusterConfig) -> list[str]:
     """Return what is wrong with the GPUs that a replica is given."""
-    gpus, needed = cluster.gpus_per_replica, engine.tp_size
+    gpus, needed = cluster.gpus_per_replica, engine.num_devices
     if engine.backend == "sglang" and gpus > 0 and gpus != needed:
         return [
             f"cluster.gpus_per_replica is {gpus:g} and an SGLang engine of engine.tp_size "
-            f"{needed} takes {needed} whole GPUs; set gpus_per_replica = {needed}"
+            f"{engine.tp_size} and engine.sglang.dp_size {engine.sglang.dp_size} takes {needed} "
+            f"whole GPUs; set gpus_per_replica = {needed}"
         ]
     return []
 
@@ -57,6 +58,11 @@ def _embedded(engine: EngineConfig) -> Iterator[str]:
         yield (
             f"engine.tp_size is {engine.tp_size} and the embedded backend is cut by torchrun "
             '(npr generate); set engine.tp_size = 1, or engine.backend = "sglang"'
+        )
+    if engine.sglang.dp_size > 1:
+        yield (
+            f"engine.sglang.dp_size is {engine.sglang.dp_size} and the embedded backend holds one "
+            'copy of the model; raise fleet.num_replicas, or set engine.backend = "sglang"'
         )
 
 

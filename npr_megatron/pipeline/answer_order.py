@@ -34,6 +34,8 @@ class AnswerOrder:
     backend: Literal["embedded", "sglang"] = "embedded"
     tp_size: int = 1
     """Devices that share one SGLang engine."""
+    dp_size: int = 1
+    """Copies of the model in one SGLang engine."""
     device: str | None = None
     """``cpu``, ``cuda`` or ``cuda:1``; None takes CUDA where there is some."""
     dtype: Literal["fp32", "bf16"] | None = None

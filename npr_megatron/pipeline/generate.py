@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.engine import EngineConfig, SglangConfig
 from npr_megatron.config.hf_architecture import read_trainable_architecture
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.data.problems import Problem
@@ -58,6 +58,7 @@ def prepare(order: AnswerOrder) -> Task:
         dtype=order.dtype or ("bf16" if is_cuda(device) else "fp32"),
         backend=order.backend,
         tp_size=order.tp_size,
+        sglang=SglangConfig(dp_size=order.dp_size),
         weights=order.weights,
         max_running=order.max_running,
     )

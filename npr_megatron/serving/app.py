@@ -140,7 +140,8 @@ def app_of(host: Host) -> FastAPI:
         if host.state is State.SERVING:
             service, served = host.ready()
             stats, version = await service.look()
-            text += engine_exposition(stats, version, served.engine.num_kv_slots)
+            num_slots = served.engine.num_kv_slots * served.engine.sglang.dp_size
+            text += engine_exposition(stats, version, num_slots)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     return app

@@ -19,6 +19,8 @@ from npr_megatron.config.engine import EngineConfig
 from npr_megatron.engine.embedded import EmbeddedEngine
 from npr_megatron.engine.flow.flow import Teacher
 from npr_megatron.engine.sglang.engine import SglangEngine
+from npr_megatron.engine.sglang.folder import remove_dead_folders
+from npr_megatron.engine.sglang.stage import Stage
 from npr_megatron.errors import EngineLost, InputError
 from npr_megatron.records.request import GenerationRequest, RefusalPolicy
 from npr_megatron.records.trajectory import DecodeMode, FinishReason, Trajectory
@@ -193,13 +195,23 @@ def test_what_cannot_be_served_is_refused_by_name(engine):
         engine.abort("p#7")
 
 
+def test_a_lease_that_nobody_needs_is_found(engine):
+    """Control: what a trajectory leaves behind would show when all have ended."""
+    conductor = engine._conductor
+    left = Stage(trajectory="left", namespace="left", token_ids=[20, 21, 22], offset=0, keeps=True)
+    engine._thread.ask(lambda: conductor._ask("", left, 0))
+    with pytest.raises(AssertionError, match="rank 0 of SGLang holds 1 leases"):
+        engine.check_integrity()
+    engine._thread.ask(lambda: conductor._reservations._ranks[0].to_release.append("left"))
+
+
 _OWNER = """
 import time
 from npr_megatron.engine.sglang.engine import SglangEngine
 from tests.sglang.test_engine import CONFIG, SMALL, UNTIED
 
 engine = SglangEngine(UNTIED, CONFIG, SMALL)
-print(engine.host_pid, flush=True)
+print(engine.host_pid, engine._folder.path, flush=True)
 time.sleep(600)
 """
 
@@ -221,11 +233,17 @@ def test_nothing_survives_an_owner_that_is_killed():
         [sys.executable, "-c", _OWNER], stdout=subprocess.PIPE, text=True, cwd=root
     )
     assert owner.stdout is not None
-    processes = descendants(int(owner.stdout.readline()))
+    pid, folder = owner.stdout.readline().split()
+    processes = descendants(int(pid))
     assert len(processes) >= 3
+    remove_dead_folders()
+    (memory,) = [entry.readlink() for entry in Path(folder).iterdir() if entry.is_symlink()]
+    assert memory.exists()
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert_all_end(processes)
+    remove_dead_folders()
+    assert not (Path(folder).exists() or memory.exists())
 
 
 def test_a_dead_scheduler_is_told_and_nothing_is_left():

@@ -1,4 +1,4 @@
-"""Weights reach the parameters of a real SGLang by every way in, over one rank and over two.
+"""Weights reach the parameters of a real SGLang in two tensor-parallel and data-parallel ranks.
 
 What the ranks hold is compared by SGLang's own checksums with parts that are cut by tiles, not by
 the plan under which they were pushed.
@@ -7,17 +7,14 @@ the plan under which they were pushed.
 from __future__ import annotations
 
 import os
-import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.engine import EngineConfig, SglangConfig
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.config.training import ParallelConfig
 from npr_megatron.engine.sglang import controls
 from npr_megatron.engine.sglang.client.server import Server
 from npr_megatron.engine.sglang.client.thread import LoopThread
@@ -27,16 +24,11 @@ from npr_megatron.engine.sglang.options import (
     usable_cores,
     write_model_folder,
 )
-from npr_megatron.engine.sglang.weights.broadcast import Broadcaster, Meeting, digest_of
 from npr_megatron.engine.sglang.weights.pushed_weights import PushedWeights
-from npr_megatron.errors import EngineLost, EnvironmentFault, LayoutError, StaleWeightsError
-from npr_megatron.weights.checkpoints.hf import write_hf
-from npr_megatron.weights.executors.shared_memory import Publisher
-from npr_megatron.weights.layouts import engine_layout, trainer_layout
-from npr_megatron.weights.publication import Publication
+from npr_megatron.errors import EngineLost, LayoutError
+from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
 from tests.parity.test_export_hf import random_tensors
-from tests.publishing import published
 from tests.sglang import beside
 
 MODEL = ModelConfig(
@@ -56,11 +48,17 @@ PROMPT = [3, 4, 5]
 class Engine:
     """SGLang without our scheduling: a server, and the weights in it."""
 
-    def __init__(self, tp_size: int, folder: Path) -> None:
-        config = EngineConfig(backend="sglang", tp_size=tp_size, num_kv_slots=1024, max_streams=8)
+    def __init__(self, tp_size: int, dp_size: int, folder: Path) -> None:
+        config = EngineConfig(
+            backend="sglang",
+            tp_size=tp_size,
+            sglang=SglangConfig(dp_size=dp_size),
+            num_kv_slots=1024,
+            max_streams=8,
+        )
         write_model_folder(MODEL, config, folder)
         environment = server_environment(config, "cpu", usable_cores(), os.environ)
-        self.tp_size = tp_size
+        self.config = config
         self.thread = LoopThread("sglang")
         self.server = Server(
             server_options(MODEL, config, "cpu", folder),
@@ -77,8 +75,8 @@ class Engine:
 
     def assert_holds(self, tensors) -> None:
         """Compare ranks and host with whole parameters."""
-        parts = list(cut(self.tp_size, tensors))
-        expected = self.run(beside.checksums_of, parts)
+        parts = list(cut(self.config.tp_size, tensors))
+        expected = self.run(beside.checksums_of, parts) * self.config.sglang.dp_size
         for found, rank in zip(self.run(beside.checksums), expected, strict=True):
             assert rank.items() <= found.items()
         (host,) = cut(1, tensors)
@@ -102,9 +100,9 @@ def tensors_of(version: int) -> dict[str, torch.Tensor]:
     return {name: tensor + 0.01 * version for name, tensor in random_tensors(MODEL).items()}
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[(2, 1), (1, 2)], ids=["tp 2", "dp 2"])
 def engine(request, tmp_path_factory) -> Iterator[Engine]:
-    engine = Engine(request.param, tmp_path_factory.mktemp("model"))
+    engine = Engine(*request.param, tmp_path_factory.mktemp("model"))
     yield engine
     engine.close()
 
@@ -126,43 +124,6 @@ def test_the_shadow_reaches_every_rank(engine):
     assert engine.run(beside.spans, PROMPT, 4) == [{"version": "2", "start": 0, "end": 4}]
 
 
-def test_a_folder_reaches_every_rank(engine, tmp_path):
-    write_hf(tmp_path / "model", MODEL, tensors_of(3))
-    engine.weights.read_folder(tmp_path / "model", 3, keeps_cache=False)
-    engine.assert_holds(tensors_of(3))
-
-
-def test_a_broadcast_reaches_every_rank(engine):
-    tensors, meeting = (
-        tensors_of(4),
-        Meeting(address="127.0.0.1", port=free_port(), backend="gloo", bucket_bytes=8_000),
-    )
-    broadcaster = Broadcaster(MODEL, meeting, engine.tp_size)
-
-    def trainer() -> None:
-        broadcaster.join(timeout_s=60)
-        broadcaster.send(tensors)
-
-    sender = threading.Thread(target=trainer)
-    sender.start()
-    engine.weights.join(meeting)
-    digest = digest_of(MODEL, tensors)
-    engine.weights.receive(meeting, 4, digest, keeps_cache=False)
-    sender.join()
-    engine.weights.leave(meeting)
-    broadcaster.leave()
-    engine.assert_holds(tensors)
-    with pytest.raises(EnvironmentFault, match="refused"):
-        engine.weights.leave(meeting)
-
-
-def test_a_trainers_shared_memory_reaches_every_rank(engine, tmp_path):
-    parallel, tensors = ParallelConfig(tp_size=2), tensors_of(5)
-    with published(trainer_layout(MODEL, parallel), tensors, 5, tmp_path) as publication:
-        engine.weights.pull(publication, parallel, means="shared_memory", keeps_cache=False)
-    engine.assert_holds(tensors)
-
-
 def test_tokens_on_both_sides_of_a_push_are_told_apart(engine):
     commit(engine, 6)
     engine.run(beside.begin, PROMPT, 60)
@@ -178,35 +139,18 @@ def test_tokens_on_both_sides_of_a_push_are_told_apart(engine):
 def test_a_model_of_other_widths_is_refused_and_nothing_is_written(engine):
     commit(engine, 8)
     narrow = MODEL.model_copy(update={"intermediate_size": 32})
-    config = EngineConfig(backend="sglang", tp_size=engine.tp_size)
-    other = PushedWeights(narrow, config, engine.run)
+    other = PushedWeights(narrow, engine.config, engine.run)
     with pytest.raises(LayoutError, match=r"mlp\.down_proj\.weight has shape"):
         other.require_layout()
     other.close()
     engine.assert_holds(tensors_of(8))
 
 
-def test_what_was_announced_otherwise_is_not_served(engine, tmp_path):
-    parallel = ParallelConfig()
-    layout = trainer_layout(MODEL, parallel)
-    storages = empty_storages(layout.ranks[0], torch.float32)
-    load_tiles(layout.ranks[0], box_reader(tensors_of(9)), storages)
-    publisher = Publisher(layout, 0, torch.float32, run_id="lie", arena_dir=tmp_path)
-    part = publisher.publish(9, storages)
-    truth = Publication.assemble([part])
-    lie = Publication(**{**fields(truth), "digest": truth.digest ^ 1})
-    error = StaleWeightsError if engine.tp_size > 1 else EngineLost
-    with pytest.raises(error, match=r"must not serve|digest"):
-        engine.weights.pull(lie, parallel, means="shared_memory", keeps_cache=False)
-    publisher.close()
+def test_damage_on_the_way_ends_the_engine_and_is_named(engine):
+    (host,) = cut(1, tensors_of(9))
+    engine.weights.stage(host)
+    weights = engine.weights._host
+    weights._slots.storages(weights.shadow)["model.layers.1.mlp.down_proj.weight"][3, 5] += 1.0
+    with pytest.raises(EngineLost, match="StaleWeightsError"):
+        engine.weights.commit(9, keeps_cache=False)
     assert engine.weights.version == 8
-
-
-def fields(publication: Publication) -> dict:
-    return {name: getattr(publication, name) for name in publication.__dataclass_fields__}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

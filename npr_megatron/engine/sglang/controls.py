@@ -26,13 +26,3 @@ async def go_on(manager: Any) -> None:
 
     # Emptying CUDA's cache is for pauses that gave memory away, and an error without CUDA.
     await manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
-
-
-async def flush(manager: Any) -> bool:
-    """Forget all keys and values; return False where a request is running and nothing was done."""
-    return (await manager.flush_cache()).success
-
-
-async def internal_states(manager: Any) -> list[dict[str, Any]]:
-    """Return what the scheduler of each data-parallel rank says of itself."""
-    return await manager.get_internal_state()

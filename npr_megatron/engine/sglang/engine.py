@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -40,6 +37,7 @@ from npr_megatron.engine.sglang.client.stages import draw_problems
 from npr_megatron.engine.sglang.client.stops import Stops
 from npr_megatron.engine.sglang.client.switch import Switch
 from npr_megatron.engine.sglang.client.thread import LoopThread, Mailbox
+from npr_megatron.engine.sglang.folder import EngineFolder
 from npr_megatron.engine.sglang.options import (
     server_environment,
     server_options,
@@ -109,19 +107,17 @@ class SglangEngine(Engine):
         self._waiting: set[asyncio.Task[Any]] = set()
         """What callers wait for in the loop's thread."""
         self._is_closed = False
-        self._folder = Path(tempfile.mkdtemp(prefix="npr-sglang-"))
+        self._folder = EngineFolder()
         self._thread = LoopThread("sglang")
-        write_model_folder(model, config, self._folder)
-        options = server_options(model, config, device, self._folder)
+        write_model_folder(model, config, self._folder.path)
         self._server = Server(
-            options,
+            server_options(model, config, device, self._folder.path),
             server_environment(config, device, usable_cores(), os.environ),
-            self._folder / "sglang.log",
+            self._folder.path / "sglang.log",
             self._take,
             self._fail,
         )
-        num_ranks = options.get("dp_size", 1)
-        self._conductor = Conductor(config, usable_slots(config), num_ranks, self._server)
+        self._conductor = Conductor(config, usable_slots(config), self._server)
         self._weights = PushedWeights(model, config, self._beside)
         self._switch = Switch(
             config.kv_after_push,
@@ -265,10 +261,13 @@ class SglangEngine(Engine):
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` unless all room is free, or reserved for trajectories that run
-        or whose leases are about to end. SGLang checks its pool itself, whenever it is idle.
+        or whose leases are about to end; and, when there is no request, unless SGLang itself has
+        given back all that was leased. It checks its pool whenever it is idle.
         """
         self._mailbox.require_sound()
         self._thread.ask(self._conductor.check_integrity)
+        if not self._jobs:
+            self._thread.run(self._unless_lost(self._conductor.audit()))
 
     def close(self) -> None:
         """End SGLang and all its processes; safe to call twice."""
@@ -279,7 +278,7 @@ class SglangEngine(Engine):
         self._thread.run(self._server.close())
         self._thread.close()
         self._weights.close()
-        shutil.rmtree(self._folder)
+        self._folder.close()
 
     # Weights
 

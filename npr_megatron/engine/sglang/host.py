@@ -17,13 +17,19 @@ import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
+import psutil
 from sglang.srt.entrypoints.engine import Engine  # pyright: ignore[reportMissingImports]
 from sglang.srt.managers.io_struct import (  # pyright: ignore[reportMissingImports]
     GenerateReqInput,
 )
+from sglang.srt.managers.load_snapshot import (  # pyright: ignore[reportMissingImports]
+    shm_path_for,
+)
 
+from npr_megatron.engine.sglang.folder import remove_together
 from npr_megatron.engine.sglang.stage import Stage, StageResult
 from npr_megatron.engine.sglang.wire import (
     DESCRIPTOR,
@@ -41,6 +47,8 @@ from npr_megatron.engine.sglang.wire import (
 from npr_megatron.errors import EnvironmentFault, NprError
 
 _PR_SET_PDEATHSIG = 1
+_LOOK_S = 1.0
+"""Between two looks at the schedulers."""
 
 
 def main() -> None:
@@ -53,10 +61,27 @@ def main() -> None:
     except Exception:  # noqa: BLE001 - told to the owner, who raises it
         connection.sendall(frame(Failed(traceback.format_exc())))
         sys.exit(1)
+    shared_memory = Path(shm_path_for(engine.port_args.instance_id))  # of its load, for routers
+    remove_together(Path(start.options["model_path"]), shared_memory)
     try:
         engine.loop.run_until_complete(_Host(engine.tokenizer_manager).serve(connection))
     finally:
         engine.shutdown()
+
+
+async def _end_of_a_scheduler() -> str:
+    """Wait until a scheduler has ended; return which.
+
+    SGLang looks after its own children only, and schedulers of data-parallel ranks are children of
+    their controller, which does not miss them.
+    """
+    started = psutil.Process().children(recursive=True)
+    schedulers = [process for process in started if "scheduler" in process.name()]
+    while True:
+        for process in schedulers:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return f"scheduler process {process.pid} has ended"
+        await asyncio.sleep(_LOOK_S)
 
 
 class _Host:
@@ -69,13 +94,23 @@ class _Host:
         self._outbox: list[object] = []
 
     async def serve(self, connection: socket.socket) -> None:
+        """Serve until the owner is gone or has closed the engine, or a scheduler is gone."""
         reader, self._writer = await asyncio.open_unix_connection(sock=connection)
         self._tell(Ready())
+        listening = asyncio.ensure_future(self._listen(reader))
+        watching = asyncio.ensure_future(_end_of_a_scheduler())
+        await asyncio.wait({listening, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not listening.done():
+            listening.cancel()
+            print(watching.result(), file=sys.stderr, flush=True)
+        watching.cancel()
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
                 self._obey(await receive(reader))
         except (asyncio.IncompleteReadError, ConnectionResetError):
-            return  # the owner is gone or has closed the engine
+            return
 
     def _obey(self, message: object) -> None:
         match message:

@@ -46,6 +46,7 @@ def server_options(
         "device": device,
         "dtype": _DTYPES[config.dtype],
         "tp_size": config.tp_size,
+        "dp_size": config.sglang.dp_size,
         "context_length": row_tokens(model, config),
         "max_total_tokens": config.num_kv_slots,
         "max_running_requests": config.max_streams,
@@ -89,8 +90,8 @@ def server_environment(
         # Threads that spin against other processes make a request ten times slower.
         threads = int(environment.get("OMP_NUM_THREADS", "1").split(",")[0])
         variables |= {
-            "OMP_NUM_THREADS": str(max(1, threads // config.tp_size)),
-            "SGLANG_CPU_OMP_THREADS_BIND": _cores_of_ranks(cores, config.tp_size),
+            "OMP_NUM_THREADS": str(max(1, threads // config.num_devices)),
+            "SGLANG_CPU_OMP_THREADS_BIND": _cores_of_ranks(cores, config.num_devices),
             "SGLANG_USE_CPU_ENGINE": "0",  # SGLang's own CPU platform needs compiled operators
         }
     return variables

@@ -10,7 +10,8 @@ obeys them; this module is all they share, and imports neither torch nor SGLang.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 CACHE_BACKEND = "npr"
@@ -89,6 +90,8 @@ class Stage:
     with a ``join`` replaces all earlier ones of the trajectory."""
     releases: tuple[str, ...] = ()
     """Trajectories whose leases end before this stage begins."""
+    audits: bool = False
+    """Whether the stage asks what is leased (``Audit``). It is refused with the answer."""
     score_from: int | None = None
     """Tokens behind this index are given log-probs; None gives none. At most ``num_held`` or the
     cached prefix is used up to here, since logits must be computed from here on."""
@@ -110,6 +113,7 @@ class Stage:
             "join": list(self.join),
             "keeps": self.keeps,
             "releases": list(self.releases),
+            "audits": self.audits,
             "key": str(draw.key),  # beyond what a signed 64-bit integer holds
             "first_index": draw.first_index,
             "shape": [draw.temperature, float(draw.top_k), draw.top_p, draw.min_p],
@@ -129,6 +133,25 @@ KV_LOST = "npr_kv_lost"
 
 
 @dataclass(frozen=True, slots=True)
+class Audit:
+    """What the cache of a data-parallel rank holds and may not give up."""
+
+    num_leases: int
+    num_locked: int
+    """Tokens whose keys and values running stages or leases need."""
+
+    @property
+    def refusal(self) -> str:
+        """Return what an auditing stage is refused with."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of(cls, refusal: str) -> Audit:
+        """Read it back."""
+        return cls(**json.loads(refusal))
+
+
+@dataclass(frozen=True, slots=True)
 class Orders:
     """A stage as the plugin reads it back from ``custom_params``."""
 
@@ -140,6 +163,7 @@ class Orders:
     join: tuple[int, ...]
     keeps: bool
     releases: tuple[str, ...]
+    audits: bool
     key: int
     first_index: int
     shape: tuple[float, float, float, float]
@@ -171,6 +195,7 @@ class Orders:
             join=tuple(read("join")),
             keeps=read("keeps"),
             releases=tuple(read("releases")),
+            audits=read("audits"),
             key=int(read("key")),
             first_index=read("first_index"),
             shape=tuple(read("shape")),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from npr_megatron.config.check import check_run
-from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.engine import EngineConfig, SglangConfig
 from npr_megatron.config.engine_check import engine_problems
 from npr_megatron.config.loader import load_run
 from npr_megatron.config.model import ModelConfig
@@ -37,6 +37,7 @@ def test_a_model_that_can_be_cut_has_no_problem(tp_size):
     ("engine", "device", "said"),
     [
         (EngineConfig(tp_size=2), "cpu", "the embedded backend is cut by torchrun"),
+        (EngineConfig(sglang=SglangConfig(dp_size=2)), "cpu", "raise fleet.num_replicas"),
         (sglang(weights="fp8"), "cpu", 'engine.weights is "fp8"'),
         (sglang(kv_after_push="keep"), "cpu", "set engine.sglang.overlap = false"),
         (sglang(sglang={"attention_backend": "fa3"}), "cpu", "on cpu one of torch_native"),
@@ -73,6 +74,8 @@ def test_a_replica_is_given_a_gpu_for_each_of_its_ranks():
     (problem,) = check_run(load_run(QUICKSTART, gpus))
     assert "set gpus_per_replica = 2" in problem
     assert check_run(load_run(QUICKSTART, ["cluster.gpus_per_replica=2", *gpus[1:]])) == []
+    (problem,) = check_run(load_run(QUICKSTART, [*gpus, "engine.sglang.dp_size=3"]))
+    assert "set gpus_per_replica = 6" in problem
 
 
 def test_a_run_says_what_its_backend_cannot_do():

@@ -64,7 +64,7 @@ class _Request:
 
 
 class SymbolicSglang:
-    """A link to nobody: :meth:`step` answers one of the stages that were sent.
+    """One data-parallel rank: :meth:`step` answers one of the stages that were sent.
 
     Args:
         loss_rate: how often everything that nothing leases is lost before an answer.
@@ -82,8 +82,7 @@ class SymbolicSglang:
 
     # What the conductor calls
 
-    def ask(self, number: int, stage: Stage, interval: int, rank: int | None) -> None:
-        assert rank is None
+    def ask(self, number: int, stage: Stage, interval: int) -> None:
         assert number not in self._open
         assert stage.score_from is None or stage.num_held <= stage.score_from
         assert len(stage.token_ids) > stage.num_held
@@ -253,6 +252,53 @@ class SymbolicSglang:
         if stage.join:
             leases.clear()
         leases.append((stage.namespace, tuple(request.row[: len(request.keys)])))
+
+
+class SymbolicRanks:
+    """A link to nobody: data-parallel ranks, each with a cache of its own.
+
+    Args:
+        loss_rate: as for :class:`SymbolicSglang`.
+    """
+
+    def __init__(self, rng: random.Random, loss_rate: float, dp_size: int) -> None:
+        self._rng = rng
+        self._ranks = [SymbolicSglang(rng, loss_rate) for _ in range(dp_size)]
+        self._rank_of: dict[int, int] = {}
+        self.num_answered = [0] * dp_size
+        """By rank."""
+
+    def ask(self, number: int, stage: Stage, interval: int, rank: int | None) -> None:
+        assert (rank is None) == (len(self._ranks) == 1)
+        self._rank_of[number] = rank or 0
+        self._ranks[rank or 0].ask(number, stage, interval)
+
+    def abort(self, number: int) -> None:
+        self._ranks[self._rank_of[number]].abort(number)
+
+    @property
+    def is_idle(self) -> bool:
+        return all(rank.is_idle for rank in self._ranks)
+
+    @property
+    def num_leases(self) -> int:
+        return sum(rank.num_leases for rank in self._ranks)
+
+    @property
+    def num_lost(self) -> int:
+        return sum(rank.num_lost for rank in self._ranks)
+
+    def step(self) -> tuple[int, StageResult]:
+        """Return the next piece of some stage's answer, and its number."""
+        busy = [index for index, rank in enumerate(self._ranks) if not rank.is_idle]
+        index = busy[0] if len(busy) == 1 else self._rng.choice(busy)
+        self.num_answered[index] += 1
+        return self._ranks[index].step()
+
+    def forget_leases(self) -> None:
+        """Lose even what is leased."""
+        for rank in self._ranks:
+            rank.forget_leases()
 
 
 def expected(flow: Flow, version: int = 0) -> Trajectory:

@@ -6,18 +6,20 @@ SGLang's part, to call the loader on the model of each rank, is played here by p
 
 from __future__ import annotations
 
+import pickle
 from contextlib import ExitStack
+from itertools import chain
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 from torch import nn
 
-from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.engine import EngineConfig, SglangConfig
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.config.training import ParallelConfig
 from npr_megatron.engine.sglang.weights import weight_sync
-from npr_megatron.engine.sglang.weights.broadcast import digest_of
-from npr_megatron.engine.sglang.weights.loader import load
+from npr_megatron.engine.sglang.weights.handover import Order
+from npr_megatron.engine.sglang.weights.loader import carry_out
 from npr_megatron.engine.sglang.weights.pushed_weights import PushedWeights
 from npr_megatron.errors import (
     DivergenceError,
@@ -26,33 +28,40 @@ from npr_megatron.errors import (
     LayoutError,
     StaleWeightsError,
 )
-from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.storages import DTYPES, box_reader, empty_storages, load_tiles
 from tests.parity.test_export_hf import MODELS, random_tensors
-from tests.publishing import published
 
 MODEL = MODELS["qwen3"]
 
 
 class Ranks:
-    """Modules with the parameters of an SGLang engine, of which every number is garbage."""
+    """Modules with the parameters of an SGLang engine, of which every number is garbage.
 
-    def __init__(self, model: ModelConfig, tp_size: int, dtype: torch.dtype) -> None:
+    By data-parallel rank, then by tensor-parallel rank. ``deaf`` is one that is told nothing.
+    """
+
+    def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
         self.modules = [
-            module_of(empty_storages(rank, dtype))
-            for rank in engine_layout(model, tp_size, engine="sglang").ranks
+            [
+                module_of(empty_storages(rank, DTYPES[config.dtype]))
+                for rank in engine_layout(model, config.tp_size, engine="sglang").ranks
+            ]
+            for _ in range(config.sglang.dp_size)
         ]
-        self.is_deaf = False
+        self.deaf = -1
 
     def run(self, function, orders, stamping) -> None:
         assert function is weight_sync.carry_out
-        if self.is_deaf:
-            return
-        for module, order in zip(self.modules, orders, strict=True):
-            try:
-                load(module, order.tensors())
-            except StaleWeightsError as error:
-                raise EngineLost("SGLang has ended") from error
+        messages = [ForkingPickler.dumps(order.tensors()) for order in orders]
+        for dp_rank, modules in enumerate(self.modules):
+            if dp_rank == self.deaf:
+                continue
+            for module, message in zip(modules, messages, strict=True):
+                try:
+                    carry_out(Order.of(pickle.loads(message)), module, dp_rank)
+                except StaleWeightsError as error:
+                    raise EngineLost("SGLang has ended") from error
 
 
 def module_of(storages) -> nn.Module:
@@ -83,23 +92,28 @@ def host_storages(model, tensors, dtype):
 
 
 def assert_held(ranks: Ranks, model, tp_size, tensors, dtype) -> None:
-    for module, expected in zip(
-        ranks.modules, rank_parts(model, tp_size, tensors, dtype), strict=True
-    ):
-        for name, parameter in module.named_parameters():
-            rows = slice(None)
-            if "embed" in name or "lm_head" in name:  # SGLang never reads the rows behind these
-                rows = slice(0, int((expected[name] != 0).any(1).sum()))
-            assert torch.equal(parameter[rows], expected[name][rows]), name
+    parts = list(rank_parts(model, tp_size, tensors, dtype))
+    for modules in ranks.modules:
+        for module, expected in zip(modules, parts, strict=True):
+            for name, parameter in module.named_parameters():
+                rows = slice(None)
+                if "embed" in name or "lm_head" in name:  # SGLang never reads those behind
+                    rows = slice(0, int((expected[name] != 0).any(1).sum()))
+                assert torch.equal(parameter[rows], expected[name][rows]), name
 
 
 @pytest.fixture
 def started():
     with ExitStack() as cleanup:
 
-        def start(tp_size=1, dtype="fp32", model=MODEL, told=None):
-            config = EngineConfig(backend="sglang", tp_size=tp_size, dtype=dtype)
-            ranks = Ranks(model, tp_size, DTYPES[dtype])
+        def start(tp_size=1, dtype="fp32", model=MODEL, told=None, dp_size=1):
+            config = EngineConfig(
+                backend="sglang",
+                tp_size=tp_size,
+                dtype=dtype,
+                sglang=SglangConfig(dp_size=dp_size),
+            )
+            ranks = Ranks(model, config)
             weights = PushedWeights(told or model, config, ranks.run)
             cleanup.callback(weights.close)
             return weights, ranks
@@ -108,11 +122,13 @@ def started():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize(("tp_size", "dp_size"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])
 @pytest.mark.parametrize("name", ["qwen3", "qwen3 tied"])
-def test_every_rank_holds_its_part_after_each_of_several_pushes(started, name, tp_size, dtype):
+def test_every_rank_holds_its_part_after_each_of_several_pushes(
+    started, name, tp_size, dp_size, dtype
+):
     model, kind = MODELS[name], DTYPES[dtype]
-    weights, ranks = started(tp_size, dtype, model)
+    weights, ranks = started(tp_size, dtype, model, dp_size=dp_size)
     weights.require_layout()
     tensors = random_tensors(model, kind)
     for version in (3, 4, 9):
@@ -157,13 +173,13 @@ def test_a_model_that_sglang_holds_otherwise_is_refused_with_every_difference(st
     weights.stage(host_storages(MODEL, random_tensors(MODEL), torch.float32))
     with pytest.raises(LayoutError, match="down_proj"):
         weights.commit(1, keeps_cache=False)
-    for module in ranks.modules:  # nothing was written
+    for module in chain(*ranks.modules):  # nothing was written
         assert all(bool((parameter == 7.0).all()) for parameter in module.parameters())
 
 
 def test_a_parameter_that_nobody_declares_is_refused(started):
     weights, ranks = started()
-    ranks.modules[0].register_parameter("bias", nn.Parameter(torch.zeros(3)))
+    ranks.modules[0][0].register_parameter("bias", nn.Parameter(torch.zeros(3)))
     with pytest.raises(LayoutError, match="storage bias is not declared"):
         weights.require_layout()
 
@@ -181,22 +197,10 @@ def test_nothing_staged_is_nothing_to_commit(started):
         weights.prepare(1)
 
 
-def test_an_sglang_that_does_not_call_the_loader_is_found_out(started):
-    weights, ranks = started()
-    ranks.is_deaf = True
-    with pytest.raises(EnvironmentFault, match="rank 0 did not carry it out"):
+@pytest.mark.parametrize("deaf", [0, 1])
+def test_a_data_parallel_rank_that_does_not_call_the_loader_is_found_out(started, deaf):
+    weights, ranks = started(tp_size=2, dp_size=2)
+    weights.require_layout()
+    ranks.deaf = deaf
+    with pytest.raises(EnvironmentFault, match=f"rank {2 * deaf} did not carry it out"):
         weights.require_layout()
-
-
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_ranks_take_what_a_trainer_published_from_its_memory(started, tp_size, tmp_path):
-    parallel = ParallelConfig(tp_size=2, pp_size=1, dp_size=1)
-    layout, tensors = trainer_layout(MODEL, parallel), random_tensors(MODEL)
-    weights, ranks = started(tp_size)
-    with published(layout, tensors, 5, tmp_path) as publication:
-        assert publication.digest == digest_of(MODEL, tensors)
-        weights.pull(publication, parallel, means="shared_memory", keeps_cache=False)
-    assert weights.version == 5
-    assert_held(ranks, MODEL, tp_size, tensors, torch.float32)
-    for name, storage in host_storages(MODEL, tensors, torch.float32).items():
-        assert torch.equal(weights.served[name], storage)

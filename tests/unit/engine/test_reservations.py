@@ -35,7 +35,7 @@ def test_whoever_fits_alone_is_admitted_in_order_whatever_ends_first(
 ):
     reservations = Reservations(SLOTS, num_ranks, max_running)
     for age, size in enumerate(sizes):
-        reservations.wait(str(age), size, prompt=age % 2, age=age)
+        reservations.wait(str(age), size, prompt=(age % 2,), age=age)
     running: list[str] = []
     admitted: list[str] = []
     while len(admitted) < len(sizes) or running:
@@ -60,10 +60,10 @@ def test_whoever_fits_alone_is_admitted_in_order_whatever_ends_first(
 def test_lives_that_are_lost_come_back_before_younger_ones(sizes, choice):
     reservations = Reservations(SLOTS, 1, 64)
     for age, size in enumerate(sizes):
-        reservations.wait(f"{age}", size, prompt=None, age=age)
+        reservations.wait(f"{age}", size, prompt=(), age=age)
     first = reservations.admit()
     lost = choice.choice(first)
-    reservations.wait(f"{lost} again", sizes[int(lost)], prompt=None, age=int(lost))
+    reservations.wait(f"{lost} again", sizes[int(lost)], prompt=(), age=int(lost))
     finish(reservations, lost)
     admitted = reservations.admit()
     assert admitted[0] == f"{lost} again"
@@ -72,7 +72,7 @@ def test_lives_that_are_lost_come_back_before_younger_ones(sizes, choice):
 def test_room_is_free_when_the_leases_have_ended_and_not_before():
     reservations = Reservations(SLOTS, 1, 8)
     for age, name in enumerate("ab"):
-        reservations.wait(name, 60, prompt=None, age=age)
+        reservations.wait(name, 60, prompt=(), age=age)
     assert reservations.admit() == ["a"]
     reservations.stage_begun("a")
     reservations.leave("a")
@@ -87,7 +87,7 @@ def test_room_is_free_when_the_leases_have_ended_and_not_before():
 
 def test_a_release_that_was_not_heard_is_told_again():
     reservations = Reservations(SLOTS, 1, 8)
-    reservations.wait("a", 60, prompt=None, age=0)
+    reservations.wait("a", 60, prompt=(), age=0)
     reservations.admit()
     reservations.leave("a")
     names = reservations.take_releases(0)
@@ -101,28 +101,30 @@ def test_a_release_that_was_not_heard_is_told_again():
 def test_releases_wait_for_a_stage_to_ride_on_unless_somebody_waits():
     reservations = Reservations(SLOTS, 1, 8)
     for age, name in enumerate("ab"):
-        reservations.wait(name, 40, prompt=None, age=age)
+        reservations.wait(name, 40, prompt=(), age=age)
     reservations.admit()
     reservations.stage_begun("b")
     reservations.leave("a")
     assert reservations.ranks_to_release == []
-    reservations.wait("c", 90, prompt=None, age=2)
+    reservations.wait("c", 90, prompt=(), age=2)
     assert reservations.ranks_to_release == [0]
 
 
-def test_rollouts_of_a_prompt_go_to_one_rank_while_it_has_room():
+def test_a_rank_with_less_reserved_is_chosen_unless_the_prompt_would_cost_more_there():
     reservations = Reservations(SLOTS, 2, 8)
-    for age, prompt in enumerate(["p", "q", "p", "p", "p"]):
-        reservations.wait(str(age), 40, prompt=prompt, age=age)
-    assert reservations.admit() == ["0", "1", "2", "3"]
-    ranks = [reservations.rank_of(str(age)) for age in range(4)]
-    assert ranks[0] == ranks[2] != ranks[1] == ranks[3]
+    long, short = (1,) * 30, (2,) * 5
+    for age, prompt in enumerate([long, short, long, long, long, short]):
+        reservations.wait(str(age), 20, prompt=prompt, age=age)
+    assert reservations.admit() == ["0", "1", "2", "3", "4", "5"]
+    # Reserved before each: (0, 0), (20, 0), (20, 20), (40, 20), (60, 20), (60, 40).
+    ranks = [reservations.rank_of(str(age)) for age in range(6)]
+    assert ranks == [0, 1, 0, 0, 1, 1]
 
 
 def test_a_flush_frees_everything_but_those_who_wait():
     reservations = Reservations(SLOTS, 1, 8)
     for age, name in enumerate("ab"):
-        reservations.wait(name, 60, prompt=None, age=age)
+        reservations.wait(name, 60, prompt=(), age=age)
     reservations.admit()
     reservations.flushed()
     assert (reservations.num_reserved, reservations.num_waiting) == (0, 1)

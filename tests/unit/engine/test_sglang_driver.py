@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.engine import EngineConfig, SglangConfig
 from npr_megatron.engine.events import Event
 from npr_megatron.engine.flow.flow import Flow, Teacher
 from npr_megatron.engine.sglang.client.conductor import Conductor
@@ -23,7 +23,7 @@ from npr_megatron.schema.render import BlockTexts
 from tests.engines import request_for, skeleton_of, teacher_of
 from tests.listeners import STREAMS, Replay
 from tests.structures import SMALL, Structure, random_structure
-from tests.unit.engine.symbolic_sglang import SymbolicSglang, expected, scored
+from tests.unit.engine.symbolic_sglang import SymbolicRanks, expected, scored
 
 GRAMMAR = Grammar(SMALL)
 NUM_SEEDS = 30
@@ -33,10 +33,14 @@ MOST_ANSWERS = 20_000
 class Stand:
     """A conductor over symbolic SGLang, without threads."""
 
-    def __init__(self, seed: int, *, loss_rate: float = 0.0, num_kv_slots: int = 4096) -> None:
-        self.config = EngineConfig(num_kv_slots=num_kv_slots, max_running=8)
-        self.sglang = SymbolicSglang(random.Random(seed), loss_rate)
-        self.conductor = Conductor(self.config, usable_slots(self.config), 1, self.sglang)
+    def __init__(
+        self, seed: int, *, loss_rate: float = 0.0, num_kv_slots: int = 4096, dp_size: int = 1
+    ) -> None:
+        self.config = EngineConfig(
+            num_kv_slots=num_kv_slots, max_running=8, sglang=SglangConfig(dp_size=dp_size)
+        )
+        self.sglang = SymbolicRanks(random.Random(seed), loss_rate, dp_size)
+        self.conductor = Conductor(self.config, usable_slots(self.config), self.sglang)
         self.era = Era(0)
         self.jobs: dict[int, FlowJob] = {}
         self.ended: dict[int, Trajectory] = {}
@@ -132,12 +136,16 @@ def assert_as_expected(found: Trajectory, request: GenerationRequest, teacher: T
         np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
 
 
+
+@pytest.mark.parametrize("dp_size", [1, 3])
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
-def test_stages_in_any_order_give_what_rounds_give(seed):
-    stand = Stand(seed)
+def test_stages_in_any_order_give_what_rounds_give(seed, dp_size):
+    stand = Stand(seed, dp_size=dp_size)
     for request, teacher in tasks(seed, 4):
         stand.add(request, teacher)
     stand.drain()
+    assert stand.sglang.num_lost == 0, "a trajectory was looked for on a rank that has not got it"
+    assert all(stand.sglang.num_answered), "a rank had nothing to do"
     for request, teacher in tasks(seed, 4):
         assert_as_expected(stand.ended[request.rollout], request, teacher)
 
@@ -145,7 +153,12 @@ def test_stages_in_any_order_give_what_rounds_give(seed):
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_loss_preemption_and_little_room_change_nothing(seed):
     rng = random.Random(seed)
-    stand = Stand(seed, loss_rate=rng.choice([0.0, 0.02]), num_kv_slots=rng.choice([480, 900]))
+    stand = Stand(
+        seed,
+        loss_rate=rng.choice([0.0, 0.02]),
+        num_kv_slots=rng.choice([480, 900]),
+        dp_size=rng.choice([1, 2]),
+    )
     replays: dict[int, Replay] = {}
     for request, teacher in tasks(seed, 4):
         replay = replays[request.rollout] = Replay(request.request_id)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from npr_megatron.config.engine import EngineConfig
 from npr_megatron.engine.sglang.client.reservations import Reservations
-from npr_megatron.engine.sglang.stage import Stage, StageResult
+from npr_megatron.engine.sglang.stage import Audit, Stage, StageResult
 from npr_megatron.engine.stats import Counts
 from npr_megatron.errors import EnvironmentFault
 
@@ -22,8 +22,8 @@ _PIECE_TOKENS = 16
 """Tokens per piece of an answer that nobody watches: how far a stream may run on behind the token
 that ended its trajectory."""
 _MOST_LIVES_WITHOUT_PROGRESS = 8
-_RELEASES = "releases"
-"""Trajectory and namespace of stages that only end leases."""
+_NO_STAGE = Stage(trajectory="nobody", namespace="nobody", token_ids=[0], offset=0)
+"""Carries a message to the plugin: leases to end, a question."""
 
 
 class Worker(Protocol):
@@ -110,7 +110,7 @@ class _Life:
 @dataclass(slots=True)
 class _Asked:
     life: str
-    """Empty for a stage that only ends leases."""
+    """Empty for a stage of nobody."""
     releases: tuple[str, ...]
     rank: int
     is_wanted: bool = True
@@ -120,13 +120,12 @@ class Conductor:
     """Lives, stages and leases.
 
     Args:
-        num_slots: that may be reserved on each rank.
-        num_ranks: data-parallel ranks of SGLang.
+        num_slots: that may be reserved on each data-parallel rank.
     """
 
-    def __init__(self, config: EngineConfig, num_slots: int, num_ranks: int, link: Link) -> None:
-        self._reservations = Reservations(num_slots, num_ranks, config.max_running)
-        self._num_ranks = num_ranks
+    def __init__(self, config: EngineConfig, num_slots: int, link: Link) -> None:
+        self._num_ranks = config.sglang.dp_size
+        self._reservations = Reservations(num_slots, self._num_ranks, config.max_running)
         self._link = link
         # Where weights change beneath a stage, tokens are told at once: what comes before SGLang
         # says that it took them is of the old version.
@@ -144,6 +143,7 @@ class Conductor:
         self._is_halted = False
         self._held: list[tuple[int, Stage, int]] | None = None
         """Stages that wait while SGLang is paused; None while it is not."""
+        self._audits: dict[int, asyncio.Future[Audit]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self.counts = Counts()
@@ -197,8 +197,7 @@ class Conductor:
             for name in names:
                 self._begin(self._lives[name])
         for rank in self._reservations.ranks_to_release:
-            stage = Stage(trajectory=_RELEASES, namespace=_RELEASES, token_ids=[0], offset=0)
-            self._ask("", stage, rank)
+            self._ask("", _NO_STAGE, rank)
 
     def _begin(self, life: _Life) -> None:
         job = life.job
@@ -269,6 +268,8 @@ class Conductor:
         if answer.is_last:
             # A stage that was aborted before its turn has ended no leases.
             self._over(number, asked, has_begun=not answer.refusal)
+            if number in self._audits:
+                self._audits.pop(number).set_result(Audit.of(answer.refusal))
         elif asked.releases:
             self._reservations.released(asked.releases)
             asked.releases = ()
@@ -354,3 +355,18 @@ class Conductor:
             raise AssertionError(
                 f"nothing is under way and {self._reservations.num_reserved} slots are reserved"
             )
+
+    async def audit(self) -> None:
+        """Raise ``AssertionError`` if SGLang keeps anything from eviction although there is no job;
+        waits for what is under way.
+        """
+        while self._asked:
+            await self._idle.wait()
+        for rank in range(self._num_ranks):
+            number = self._ask("", replace(_NO_STAGE, audits=True), rank)
+            answer = self._audits[number] = asyncio.get_running_loop().create_future()
+            if (audit := await answer) != Audit(0, 0):
+                raise AssertionError(
+                    f"there is no request, and rank {rank} of SGLang holds {audit.num_leases} "
+                    f"leases and has {audit.num_locked} tokens locked"
+                )

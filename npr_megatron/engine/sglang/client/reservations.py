@@ -5,9 +5,9 @@ trajectories that wait for each other's memory would wait for ever. Nothing is a
 not fit with all it may come to need, beside those that run; then each of them can always go on.
 First come, first served: nobody overtakes the first that waits.
 
-Under data parallelism every rank has a pool of its own and a trajectory stays on one rank. Where
-there is room it goes to the rank that served its prompt last, which has the prompt's keys and
-values.
+Under data parallelism every rank has a pool of its own and a trajectory stays on one rank: among
+those with room, the one with the least reserved. A prompt that a rank has not served counts as
+reserved there, since it would have to be computed.
 
 A reservation is for one *life*: the stages from admission to the end, or to the loss of what was
 computed; its name is that of the leases. Room is free again when SGLang has been told to end them,
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from npr_megatron.config.engine import EngineConfig
@@ -97,7 +97,7 @@ def scoring_slots(trajectory: Trajectory, config: EngineConfig) -> int:
 class _Life:
     name: str
     num_slots: int
-    prompt: Hashable
+    prompt: tuple[int, ...]
     age: int
     rank: int = -1
     num_open: int = 0
@@ -108,7 +108,7 @@ class _Life:
 @dataclass(slots=True)
 class _Rank:
     room: int
-    prompts: deque[Hashable] = field(default_factory=lambda: deque(maxlen=_NUM_PROMPTS))
+    prompts: deque[tuple[int, ...]] = field(default_factory=lambda: deque(maxlen=_NUM_PROMPTS))
     """Those whose keys and values it probably has, most recent last."""
     to_release: list[str] = field(default_factory=list)
     num_open: int = 0
@@ -119,7 +119,7 @@ class Reservations:
     """Lives that wait and lives that hold room.
 
     Args:
-        num_slots: of each rank.
+        num_slots: of each data-parallel rank.
         max_running: lives that may hold room at once, over all ranks.
     """
 
@@ -151,7 +151,7 @@ class Reservations:
         """Return the rank of a life that holds room."""
         return self._lives[name].rank
 
-    def wait(self, name: str, num_slots: int, prompt: Hashable, age: int) -> None:
+    def wait(self, name: str, num_slots: int, prompt: tuple[int, ...], age: int) -> None:
         """Queue a life; the lowest age is admitted first."""
         insort(self._waiting, _Life(name, num_slots, prompt, age), key=lambda life: life.age)
 
@@ -180,11 +180,12 @@ class Reservations:
 
     def _rank_for(self, life: _Life) -> int | None:
         fitting = [i for i, rank in enumerate(self._ranks) if rank.room >= life.num_slots]
-        if not fitting:
-            return None
-        return max(
-            fitting, key=lambda i: (life.prompt in self._ranks[i].prompts, self._ranks[i].room)
-        )
+        return min(fitting, key=lambda i: self._burden(self._ranks[i], life.prompt), default=None)
+
+    def _burden(self, rank: _Rank, prompt: tuple[int, ...]) -> int:
+        """Return how much a rank has to do already, and for ``prompt`` before anything else."""
+        num_anew = 0 if prompt in rank.prompts else len(prompt)
+        return self._num_slots - rank.room + num_anew
 
     # Stages and leases
 

@@ -41,7 +41,7 @@ from torch import Tensor
 from npr_megatron.engine.sglang.scheduler.joins import branch_paths
 from npr_megatron.engine.sglang.scheduler.leases import Leases
 from npr_megatron.engine.sglang.scheduler.orders import OrderBook
-from npr_megatron.engine.sglang.stage import KV_LOST, Orders
+from npr_megatron.engine.sglang.stage import KV_LOST, Audit, Orders
 
 _MATCHES_PER_LOOK = 1024
 """Matches between two looks at the clock, on which all ranks must agree."""
@@ -72,9 +72,13 @@ class NprRadixCache(UnifiedRadixCache):
         if orders.join:
             self._join(req, params.key.token_ids, orders)
         result = super().match_prefix(params)
-        is_refused = result.device_prefix_len < orders.num_held
-        req.skip_radix_cache_insert = is_refused
-        req.discard_output_reason = _refusal(orders, len(params.key)) if is_refused else None
+        refusal = None
+        if orders.audits:
+            refusal = Audit(len(self._leases), self.protected_size()).refusal
+        elif result.device_prefix_len < orders.num_held:
+            refusal = _refusal(orders, len(params.key))
+        req.skip_radix_cache_insert = refusal is not None
+        req.discard_output_reason = None if refusal is None else FINISH_ABORT(refusal)
         return result
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
@@ -183,7 +187,7 @@ class NprRadixCache(UnifiedRadixCache):
             self.unlock(lock)
 
 
-def _refusal(orders: Orders, num_usable: int) -> Any:
+def _refusal(orders: Orders, num_usable: int) -> str:
     """Return why a stage is refused.
 
     Args:
@@ -191,8 +195,8 @@ def _refusal(orders: Orders, num_usable: int) -> Any:
             any case, and those that are scored.
     """
     if num_usable >= orders.num_held:
-        return FINISH_ABORT(KV_LOST)
-    return FINISH_ABORT(
+        return KV_LOST
+    return (
         f"a stage of {orders.trajectory} holds {orders.num_held} tokens and at most {num_usable} "
         "can be taken from the cache; score from there on, and send a token behind them"
     )

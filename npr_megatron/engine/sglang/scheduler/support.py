@@ -34,7 +34,7 @@ ATTRIBUTES: Mapping[str, Collection[str]] = {
     _SRT + "mem_cache.radix_cache.RadixKey": ["cache_salt", "extra_key", "token_ids"],
     _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache": [
         "checkpoint", "evict", "insert", "lock", "match_prefix", "path_device_indices", "reset",
-        "token_to_kv_pool_allocator", "tp_group", "tp_world_size", "unlock",
+        "protected_size", "token_to_kv_pool_allocator", "tp_group", "tp_world_size", "unlock",
     ],
     _SRT + "model_executor.forward_batch_info.ForwardBatch": [
         "extend_seq_lens", "forward_mode", "init_new", "positions", "sampling_info",
@@ -42,6 +42,7 @@ ATTRIBUTES: Mapping[str, Collection[str]] = {
     _SRT + "model_executor.forward_batch_info.ForwardMode": ["is_decode"],
     _SRT + "model_executor.model_runner.ModelRunner": ["forward_stream"],
     _SRT + "plugins.hook_registry.HookRegistry": ["apply_hooks", "register"],
+    _SRT + "runtime_context": ["get_model", "get_parallel"],
     _SRT + "sampling.sampling_params.SamplingParams": ["custom_params"],
     _SRT + "server_args.ServerArgs": [
         "disable_radix_cache", "disaggregation_mode", "enable_hierarchical_cache", "enable_lora",

@@ -1,8 +1,10 @@
 """What a client and SGLang's ranks say to each other about weights; the weights go by memory.
 
-SGLang carries tensors to a weight loader, so an order travels as the bytes of a small one. A rank
-answers in memory that the client reads when SGLang says that the order is carried out: SGLang
-itself hands back a flag only, and ends its processes when a loader raises.
+SGLang carries named tensors to a weight loader, so an order travels as a name, of a tensor without
+numbers: memory that torch shares between processes can be taken once, and every data-parallel rank
+is given the same message. A rank answers in memory that the client reads when SGLang says that the
+order is carried out: SGLang itself hands back a flag only, and ends its processes when a loader
+raises.
 """
 
 from __future__ import annotations
@@ -10,32 +12,27 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from npr_megatron.config.model import ModelConfig
-from npr_megatron.config.training import ParallelConfig
 from npr_megatron.engine.sglang.weights.shared_bytes import SharedBytes, writable_memory
 from npr_megatron.errors import EnvironmentFault
-from npr_megatron.weights.layouts import engine_layout, trainer_layout
+from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.tiles import Layout
 
-_TENSOR = "npr_order"
 _REPORT_BYTES = 2**16
-
-Means = Literal["shared_memory", "cuda_ipc"]
-"""How a rank reaches what was published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What one rank is to do with its parameters.
+    """What one tensor-parallel rank is to do with its parameters, in every data-parallel rank.
 
-    With a ``publication`` it takes them from there. With ``into`` it writes them to the host's
-    memory. With neither it says whether they are laid out as expected.
+    With a ``publication`` it takes them from there; without one it says whether they are laid out
+    as expected.
     """
 
     serial: int
@@ -46,17 +43,9 @@ class Order:
     reports: str
     """Path of the memory for answers."""
     publication: Publication | None = None
-    source: ParallelConfig | None = None
-    """Of the trainer that published; None: the host's own copy."""
-    means: Means = "shared_memory"
+    """Of the host's copy."""
     shares: tuple[int, ...] | None = None
-    """This rank's part in the digest, known beforehand for the host's copy."""
-    into: str | None = None
-    """Path of the host's memory."""
-    slot: int = 0
-    """Which half of it."""
-    dtype: str = "torch.float32"
-    """Of the host's memory."""
+    """What this rank's part contributes to the digest; with a ``publication``."""
 
     @property
     def ranks(self) -> Layout:
@@ -68,31 +57,20 @@ class Order:
         """How the host holds it."""
         return engine_layout(self.model, engine="sglang")
 
-    @property
-    def published(self) -> Layout:
-        """How the publisher holds it."""
-        return self.host if self.source is None else trainer_layout(self.model, self.source)
-
     def tensors(self) -> list[tuple[str, Tensor]]:
         """Return the order as what SGLang carries."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         fields["model"] = self.model.model_dump(mode="json")
-        if self.source is not None:
-            fields["source"] = self.source.model_dump(mode="json")
         if self.publication is not None:
             fields["publication"] = asdict(self.publication)
-        text = bytearray(json.dumps(fields).encode())
-        return [(_TENSOR, torch.frombuffer(text, dtype=torch.uint8))]
+        return [(json.dumps(fields), torch.empty(0))]
 
     @classmethod
     def of(cls, tensors: Sequence[tuple[str, Tensor]]) -> Order:
         """Read an order back."""
-        [(name, tensor)] = tensors
-        assert name == _TENSOR, f"a weight loader was given {name}, expected {_TENSOR}"
-        fields: dict[str, Any] = json.loads(tensor.cpu().numpy().tobytes())
+        [(text, _)] = tensors
+        fields: dict[str, Any] = json.loads(text)
         fields["model"] = ModelConfig.model_validate(fields["model"])
-        if fields["source"] is not None:
-            fields["source"] = ParallelConfig.model_validate(fields["source"])
         if (told := fields["publication"]) is not None:
             fields["publication"] = Publication(
                 **{**told, "arena_paths": tuple(told["arena_paths"])}
@@ -101,16 +79,24 @@ class Order:
             fields["shares"] = tuple(fields["shares"])
         return cls(**fields)
 
-    def report(self, problem: str = "") -> None:
-        """Tell the client that the order is carried out, or why it is not."""
+    def report(self, dp_rank: int, problem: str = "") -> None:
+        """Tell the client that data-parallel rank ``dp_rank`` has carried the order out, or why it
+        has not.
+        """
         said = {"serial": self.serial, "problem": problem[: _REPORT_BYTES // 8]}
         text = json.dumps(said).encode().ljust(_REPORT_BYTES, b"\0")
         pages = writable_memory(self.reports).view(-1, _REPORT_BYTES)
-        pages[self.rank].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        pages[dp_rank * self.tp_size + self.rank].copy_(
+            torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        )
 
 
 class Reports:
-    """Where the ranks of an engine answer."""
+    """Where the ranks of an engine answer.
+
+    Args:
+        num_ranks: of all data-parallel ranks together.
+    """
 
     def __init__(self, num_ranks: int) -> None:
         self._bytes = SharedBytes("reports", num_ranks * _REPORT_BYTES)

@@ -2,9 +2,9 @@
 
 Coroutines beside SGLang's ``TokenizerManager``, in the process in which it lives (``host``); what
 is pushed and what came of it is the business of ``pushed_weights``, in the process of the engine's
-owner. All of them write inside SGLang's weight session (``begin_weight_update`` to
-``end_weight_update``) and stamp the version that later tokens carry. After an error the ranks may
-hold a mixture: the engine must be closed.
+owner. Ranks write inside SGLang's weight session (``begin_weight_update`` to ``end_weight_update``)
+and stamp the version that later tokens carry. After an error they may hold a mixture: the engine
+must be closed.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from npr_megatron.engine.sglang.options import WEIGHT_LOADER
-from npr_megatron.engine.sglang.weights.broadcast import Meeting
 from npr_megatron.engine.sglang.weights.handover import Order
 from npr_megatron.errors import EnvironmentFault
 
 _NEEDED = (
     "begin_weight_update",
     "end_weight_update",
-    "update_weights_from_tensor",
-    "update_weights_from_distributed",
-    "update_weights_from_disk",
-    "init_weights_update_group",
-    "destroy_weights_update_group",
+    "update_weights_from_tensor_communicator",
+    "update_weight_version",
+    "model_update_lock",
+    "is_pause_cond",
 )
 
 
@@ -42,21 +39,11 @@ class Stamping:
     request is running."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bucket:
-    """Tensors that are received together."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: str
-    """``float32`` or ``bfloat16``."""
-
-
 async def carry_out(manager: Any, orders: Sequence[Order], stamping: Stamping | None) -> None:
     """Have each rank carry out its order.
 
     Args:
-        orders: one per rank.
+        orders: one per tensor-parallel rank.
         stamping: None where the weights stay as they are.
 
     Raises:
@@ -65,82 +52,6 @@ async def carry_out(manager: Any, orders: Sequence[Order], stamping: Stamping | 
     sglang = _Sglang.beside(manager)
     async with _session(manager, sglang):
         await _hand_over(manager, sglang, orders, stamping)
-
-
-async def receive(
-    manager: Any,
-    meeting: Meeting,
-    buckets: Sequence[Bucket],
-    orders: Sequence[Order],
-    stamping: Stamping,
-) -> None:
-    """Take what a ``broadcast.Broadcaster`` sends at ``meeting``, then carry out ``orders``.
-
-    Raises:
-        EnvironmentFault: SGLang refused.
-    """
-    sglang = _Sglang.beside(manager)
-    async with _session(manager, sglang):
-        for bucket in buckets:
-            is_last = bucket is buckets[-1]
-            request = sglang.requests.UpdateWeightsFromDistributedReqInput(
-                names=list(bucket.names),
-                dtypes=[bucket.dtype] * len(bucket.names),
-                shapes=[list(shape) for shape in bucket.shapes],
-                group_name=meeting.name,
-                flush_cache=is_last and not stamping.keeps_cache,
-                weight_version=str(stamping.version) if is_last else None,
-            )
-            await _done(manager.update_weights_from_distributed(request), "take a broadcast")
-        await _hand_over(manager, sglang, orders, None)
-
-
-async def read_folder(
-    manager: Any, folder: Path, orders: Sequence[Order], stamping: Stamping
-) -> None:
-    """Have every rank read an HF folder, then carry out ``orders``.
-
-    Raises:
-        EnvironmentFault: SGLang refused.
-    """
-    sglang = _Sglang.beside(manager)
-    request = sglang.requests.UpdateWeightFromDiskReqInput(
-        model_path=str(folder),
-        load_format="safetensors",
-        weight_version=str(stamping.version),
-        flush_cache=not stamping.keeps_cache,
-    )
-    await _done(manager.update_weights_from_disk(request), f"read {folder}")
-    async with _session(manager, sglang):
-        await _hand_over(manager, sglang, orders, None)
-
-
-async def join(manager: Any, meeting: Meeting, num_ranks: int) -> None:
-    """Meet a trainer that broadcasts; returns when all are there.
-
-    Raises:
-        EnvironmentFault: the meeting did not come about.
-    """
-    request = _Sglang.beside(manager).requests.InitWeightsUpdateGroupReqInput(
-        master_address=meeting.address,
-        master_port=meeting.port,
-        rank_offset=1,
-        world_size=num_ranks + 1,
-        group_name=meeting.name,
-        backend=meeting.backend,
-    )
-    await _done(manager.init_weights_update_group(request), "meet a trainer")
-
-
-async def leave(manager: Any, meeting: Meeting) -> None:
-    """End what :func:`join` began.
-
-    Raises:
-        EnvironmentFault: there was no such meeting.
-    """
-    requests = _Sglang.beside(manager).requests
-    request = requests.DestroyWeightsUpdateGroupReqInput(group_name=meeting.name)
-    await _done(manager.destroy_weights_update_group(request), "leave a trainer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,17 +95,40 @@ async def _hand_over(
     manager: Any, sglang: _Sglang, orders: Sequence[Order], stamping: Stamping | None
 ) -> None:
     request = sglang.requests.UpdateWeightsFromTensorReqInput(
-        # one handle per rank: memory that torch shares between processes can be taken once
         serialized_named_tensors=[sglang.serialise(order.tensors()) for order in orders],
         load_format=WEIGHT_LOADER,
         flush_cache=stamping is not None and not stamping.keeps_cache,
         weight_version=None if stamping is None else str(stamping.version),
     )
-    await _done(manager.update_weights_from_tensor(request), "take weights")
+    for answer in await _to_all(manager, request):
+        _require(answer.success, answer.message, "take weights")
+    if stamping is not None:
+        version = sglang.requests.UpdateWeightVersionReqInput(
+            new_version=str(stamping.version), abort_all_requests=False
+        )
+        await manager.update_weight_version(version)
+
+
+async def _to_all(manager: Any, request: Any) -> Sequence[Any]:
+    """Return what each data-parallel rank answers to an update by tensors.
+
+    SGLang's method for it refuses more than one of them, since shared tensors can be taken once.
+    Ours hold nothing: the request goes the way that the method takes, under the same locks.
+    """
+    ask = manager.update_weights_from_tensor_communicator
+    async with manager.is_pause_cond:
+        if manager.is_pause:  # whoever paused holds the lock below
+            return await ask(request)
+    async with manager.model_update_lock.writer_lock:
+        return await ask(request)
 
 
 async def _done(call: Awaitable[Sequence[Any]], what: str) -> None:
     """Await a call that answers with a flag and a message; raise the message where it failed."""
     succeeded, message, *_ = await call
+    _require(succeeded, message, what)
+
+
+def _require(succeeded: bool, message: str, what: str) -> None:
     if not succeeded:
         raise EnvironmentFault(f"SGLang was asked to {what} and refused: {message}")
