@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from npr_megatron.config.sft import DataSection
-from npr_megatron.data.conversations import read_exchanges
+from npr_megatron.data.conversations import Exchange, read_exchanges
 from npr_megatron.data.rows import Fault, FaultKind, files_of, list_faults
 from npr_megatron.data.sample_store import SampleStore, StoreWriter, digest_of, open_store
-from npr_megatron.data.tokenising import ExchangeReader, Tokenised, turn_end_problem
+from npr_megatron.data.tokenising import (
+    ExchangeReader,
+    Tokenised,
+    read_here,
+    turn_end_problem,
+)
 from npr_megatron.data.tokenizer import Tokenizer
 from npr_megatron.errors import ConfigError, InputError
 
 _REPORT_EVERY = 256
+Reading = Callable[[ExchangeReader, Iterable[Exchange | Fault]], Iterator[Tokenised | Fault]]
 _REMEDIES: dict[FaultKind, str] = {
     "corrupt": "{} rows cannot be learnt from; correct or delete them",
     "malformed": '{} responses break the grammar; correct them, or set data.malformed = "skip"',
@@ -73,11 +79,13 @@ def prepare(
     *,
     seed: int,
     report: Callable[[int], None] = lambda num_rows: None,
+    read: Reading = read_here,
 ) -> PreparedData:
     """Read, check and tokenise all files into ``folder``, or take what an earlier start left there.
 
     Args:
         report: called now and then with the rows read so far.
+        read: makes samples of exchanges, in order.
 
     Raises:
         ConfigError: listing the files that cannot be read and the first rows that may not be
@@ -86,7 +94,7 @@ def prepare(
     train_files, held_out_files = _files(data)
     made_from = _fingerprint(data, tokenizer_folder, limits, seed, [*train_files, *held_out_files])
     if open_store(folder / "train", made_from=made_from) is None:
-        sorter = _Sorter(data, tokenizer, limits, seed, report)
+        sorter = _Sorter(data, tokenizer, limits, seed, report, read)
         sorter.write(folder, made_from, train_files, held_out_files)
     return open_prepared(folder, data)
 
@@ -101,8 +109,9 @@ class _Sorter:
         limits: SampleLimits,
         seed: int,
         report: Callable[[int], None],
+        read: Reading,
     ) -> None:
-        self._data, self._seed, self._report = data, seed, report
+        self._data, self._seed, self._report, self._read_all = data, seed, report, read
         self._tokenizer = tokenizer
         self._reader = ExchangeReader(
             tokenizer, max_tokens=limits.max_tokens, max_positions=limits.max_positions
@@ -159,8 +168,8 @@ class _Sorter:
                 writers[name].add(found)
 
     def _samples(self, path: Path) -> Iterator[Tokenised | Fault]:
-        for exchange in read_exchanges(path):
-            yield exchange if isinstance(exchange, Fault) else self._reader.read(exchange)
+        for found in self._read_all(self._reader, read_exchanges(path)):
+            yield found
             self._num_read += 1
             if self._num_read % _REPORT_EVERY == 0:
                 self._report(self._num_read)

@@ -9,6 +9,7 @@ is plain text.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,6 +126,14 @@ class ExchangeReader:
         first = max(violation.position - _EXCERPT_TOKENS, 0)
         before = self._tokenizer.decode(response[first : violation.position])
         return f"{violation.rule.explanation} ({violation.rule}, after {before!r})"
+
+
+def read_here(
+    reader: ExchangeReader, exchanges: Iterable[Exchange | Fault]
+) -> Iterator[Tokenised | Fault]:
+    """Yield what ``reader`` makes of each exchange; faults are handed on."""
+    for exchange in exchanges:
+        yield exchange if isinstance(exchange, Fault) else reader.read(exchange)
 
 
 def response_ids(text: str, tokenizer: Tokenizer) -> list[int]:

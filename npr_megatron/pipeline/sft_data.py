@@ -12,6 +12,7 @@ from npr_megatron.data.sums_tokenizer import build_sums_tokenizer
 from npr_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from npr_megatron.pipeline.sft_batches import SftBatches
 from npr_megatron.pipeline.starting import require_rows
+from npr_megatron.pipeline.tokenising_crew import read_together
 from npr_megatron.report.live import LiveView
 from npr_megatron.report.packed_row import LEGEND, draw_row, write_rows_page
 
@@ -35,6 +36,7 @@ def prepare_data(
         ),
         seed=config.run.seed,
         report=lambda num_rows: view.activity(f"reading data: {num_rows} rows"),
+        read=read_together,
     )
 
 

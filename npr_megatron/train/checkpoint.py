@@ -80,7 +80,7 @@ class Checkpoints:
         Args:
             progress: JSON values that :meth:`load` returns; those of rank 0 count.
         """
-        progress = json.loads(json.dumps(progress))
+        as_stored = json.loads(json.dumps(progress))
         self.finish()
         dist.barrier(self._first_rank.group)  # nobody writes to the folder any more
         partial, failure = self._first_rank.call(lambda: _begun(folder, step))
@@ -92,7 +92,7 @@ class Checkpoints:
         plan = self._planner.plan(step, partial)
         ending = None
         if plan.metadata is not None:
-            manifest = self._manifest(step, state.origin, progress)
+            manifest = self._manifest(step, state.origin, as_stored)
             ending = Ending(
                 world_size=dist.get_world_size(),
                 writer=plan.writer,

@@ -150,7 +150,9 @@ def _sharded(state: TrainerState, step: int, *, is_loading: bool) -> dict[str, A
 
 def _replicas() -> dist.ProcessGroup:
     """Return the ranks that hold the same weights as this one."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    assert isinstance(group, dist.ProcessGroup), "every rank is in one"
+    return group
 
 
 def _model_key(chunk: int) -> str:
@@ -160,14 +162,16 @@ def _model_key(chunk: int) -> str:
 
 
 def _random_states() -> dict[str, Any]:
+    tracker: Any = get_cuda_rng_tracker()
     return {
         "host": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
-        "model_parallel": get_cuda_rng_tracker().get_states(),
+        "model_parallel": tracker.get_states(),
     }
 
 
 def _set_random_states(states: dict[str, Any]) -> None:
+    tracker: Any = get_cuda_rng_tracker()
     torch.set_rng_state(states["host"])
     torch.cuda.set_rng_state(states["device"])
-    get_cuda_rng_tracker().set_states(states["model_parallel"])
+    tracker.set_states(states["model_parallel"])

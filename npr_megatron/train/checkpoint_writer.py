@@ -12,15 +12,11 @@ Whatever goes wrong in a writer ends the save and nothing else. A writer ends wi
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import pickle
 import queue
 import shutil
-import signal
-import stat
-import threading
 import time
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -31,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch.distributed.checkpoint.metadata import Metadata
 
 from npr_megatron.errors import EnvironmentFault
+from npr_megatron.runtime.child_process import leave_rank
 from npr_megatron.train.checkpoint_folder import publish_checkpoint
 from npr_megatron.train.checkpoint_manifest import (
     FileRecord,
@@ -98,7 +95,7 @@ def write_part(shards: Shards, ending: Ending | None, outcome: Connection, paren
         outcome: takes one text: why there is no checkpoint, empty if all went well.
         parent: process id of the rank, whose end is the end of this process.
     """
-    _leave_rank(parent)
+    leave_rank(parent)
     failure = ""
     try:
         started = time.monotonic()
@@ -127,31 +124,12 @@ def _words(error: BaseException) -> str:
     return f"{type(found).__name__}: {found}"
 
 
-def _leave_rank(parent: int) -> None:
-    """Be a process of its own: deaf to Ctrl-C, without the sockets by which others notice the
-    rank's end, and gone when the rank is."""
-    gc.disable()  # what it would free belongs to the rank, on a device perhaps
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in os.listdir("/proc/self/fd"):
-        descriptor = int(name)
-        with contextlib.suppress(OSError):  # the one that the list was read through
-            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                os.close(descriptor)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.1)
-    os._exit(1)
-
-
 def _write_shards(shards: Shards) -> _Note:
     """Write and digest this rank's files."""
     note = _Note()
     for bucket in shards.buckets:
-        results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        places: queue.Queue[int] = queue.Queue()
+        results: Any = queue.SimpleQueue()
+        places: Any = queue.Queue()
         places.put(0)
         FileSystemWriterAsync.write_preloaded_data(
             shards.transforms, 0, bucket, results, places, True
