@@ -19,6 +19,7 @@ from npr_megatron.config.training import ParallelConfig, TrainerConfig
 _BYTES = {"fp32": 4, "bf16": 2}
 _GRADIENT_BYTES = 4
 _MOMENTS_BYTES = 8
+_FP8_COPIES = 2
 _MASTER_BYTES = {"fp32": 0, "bf16": 4}
 
 
@@ -54,7 +55,8 @@ def rank_memory(
     layers = [layer for chunk in chunks for layer in chunk]
     shared, experts = _num_weights(model, parallel, stage, layers)
     return RankMemory(
-        weights=(shared + experts) * _BYTES[trainer.dtype],
+        weights=(shared + experts) * _BYTES[trainer.dtype]
+        + _fp8_copies(model, parallel, trainer, layers),
         gradients=(shared + experts) * _GRADIENT_BYTES,
         optimizer=_optimizer_state(parallel, trainer, shared, experts),
         activations=_activations(model, parallel, trainer, stage, max(map(len, chunks))),
@@ -86,17 +88,36 @@ def _num_weights(
     shared += hidden * (stage == last)
     experts = 0
     for layer in layers:
-        attention = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
-        shared += attention * model.head_dim // tp * hidden + 2 * hidden
-        shared += 2 * model.head_dim * model.has_qk_norm
-        moe = model.moe
-        if moe is None or layer < moe.num_dense_layers:
-            shared += 3 * model.intermediate_size // tp * hidden
-            continue
-        shared += (moe.num_experts + 3 * moe.shared_intermediate_size // tp) * hidden
-        inner = 3 * moe.moe_intermediate_size // parallel.expert_tp_size
-        experts += moe.num_experts // parallel.ep_size * inner * hidden
+        outside, inside = _layer_weights(model, parallel, layer)
+        shared, experts = shared + outside, experts + inside
     return shared, experts
+
+
+def _layer_weights(model: ModelConfig, parallel: ParallelConfig, layer: int) -> tuple[int, int]:
+    """Return the weights of one layer outside the routed experts, and those inside."""
+    tp, hidden = parallel.tp_size, model.hidden_size
+    attention = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
+    shared = attention * model.head_dim // tp * hidden + 2 * hidden
+    shared += 2 * model.head_dim * model.has_qk_norm
+    moe = model.moe
+    if moe is None or layer < moe.num_dense_layers:
+        return shared + 3 * model.intermediate_size // tp * hidden, 0
+    shared += (moe.num_experts + 3 * moe.shared_intermediate_size // tp) * hidden
+    inner = 3 * moe.moe_intermediate_size // parallel.expert_tp_size
+    return shared, moe.num_experts // parallel.ep_size * inner * hidden
+
+
+def _fp8_copies(
+    model: ModelConfig, parallel: ParallelConfig, trainer: TrainerConfig, layers: list[int]
+) -> int:
+    """Return the bytes of weights that are kept in FP8 beside ``dtype`` while a step lasts: scaled
+    along rows for forward and along columns for backward. They are all there is of weights that
+    are kept in FP8 only, and take the room of bf16 then. The few vectors of a layer count too."""
+    if trainer.fp8 is None or trainer.fp8_params:
+        return 0
+    end = model.num_hidden_layers - trainer.num_last_layers_bf16
+    in_fp8 = [layer for layer in layers if trainer.num_first_layers_bf16 <= layer < end]
+    return sum(_FP8_COPIES * sum(_layer_weights(model, parallel, layer)) for layer in in_fp8)
 
 
 def _num_tokens(parallel: ParallelConfig, trainer: TrainerConfig) -> int:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npr_megatron.config.alignment import ROW_MULTIPLE, fp8_multiple, row_multiple
+from npr_megatron.config.device_memory import rank_memory
 from npr_megatron.config.parallel_check import parallel_problems
 from npr_megatron.config.training import ParallelConfig, TrainerConfig
 from tests.unit.config.test_parallel_check import MODEL
@@ -87,3 +88,18 @@ def test_misuse_is_named(name):
 def test_a_sound_section_has_no_problem(recipe):
     trainer = FP8.model_copy(update={"fp8": recipe, "fp8_params": recipe not in (None, "delayed")})
     assert parallel_problems(ParallelConfig(tp_size=2, cp_size=2), trainer, MODEL) == []
+
+
+def test_memory_counts_the_copies_that_fp8_multiplies():
+    parallel = ParallelConfig(pp_size=2)
+    plain, fp8, kept, half = (
+        [
+            rank_memory(MODEL, parallel, FP8.model_copy(update=fields), stage).weights
+            for stage in range(2)
+        ]
+        for fields in ({"fp8": None}, {}, {"fp8_params": True}, {"num_first_layers_bf16": 12})
+    )
+    copies = [many - few for many, few in zip(fp8, plain, strict=True)]
+    assert copies[0] == copies[1] > 0
+    assert kept == plain
+    assert half == [plain[0], fp8[1]]
