@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import ParallelConfig
 from npr_megatron.model.attention import branch_context
-from npr_megatron.model.experts import reduce_experts_apart
+from npr_megatron.model.experts import multiply_in_torch, reduce_experts_apart
 from npr_megatron.model.logprobs import LabelHead
 from npr_megatron.model.route_replay import RouteReplay
 from npr_megatron.model.vocab_padding import clear_padding
@@ -46,12 +46,13 @@ class BranchGPT(GPTModel):
             **keywords,
         )
         clear_padding(self, model.vocab_size)
+        multiply_in_torch()
         reduce_experts_apart(self)
         if self.post_process:
             LabelHead.take_over(self.output_layer, model.vocab_size)
         self._route_replay: RouteReplay | None = None
         if model.moe is not None:
-            tp: ProcessGroup = self.tp_group
+            tp: Any = self.tp_group
             share = (tp.rank(), tp.size()) if config.sequence_parallel else (0, 1)
             self._route_replay = RouteReplay(self, model.moe.num_dense_layers, share)
 
