@@ -29,17 +29,19 @@ class BlockQuantised(Tensor):
     codes: Tensor
     """[M, K] uint8; Megatron moves it into the buffer that replicas gather."""
     scales: Tensor
+    transposed: Tensor
+    """[K, M] uint8, for backward: made from the codes when they have been gathered."""
 
     @staticmethod
-    def __new__(cls, codes: Tensor, scales: Tensor) -> Self:
+    def __new__(cls, codes: Tensor, scales: Tensor, transposed: Tensor) -> Self:
         made = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.bfloat16)
-        made.codes, made.scales = codes, scales
+        made.codes, made.scales, made.transposed = codes, scales, transposed
         return made
 
     @classmethod
     def of(cls, weight: Tensor) -> Self:
         codes, scales = quantise(weight, BLOCK, "power_of_two")
-        return cls(codes.view(torch.uint8), scales)
+        return cls(codes.view(torch.uint8), scales, codes.view(torch.uint8).t().clone())
 
     def dequantize(self) -> Tensor:
         """The numbers that are meant."""
@@ -49,11 +51,12 @@ class BlockQuantised(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten: Any = torch.ops.aten
         if func is aten.detach.default:
-            return cls(args[0].codes, args[0].scales)
+            return cls(args[0].codes, args[0].scales, args[0].transposed)
         if func is aten.copy_.default and isinstance(args[0], cls):
-            codes, scales = quantise(args[1].bfloat16(), BLOCK, "power_of_two")
-            args[0].codes.copy_(codes.view(torch.uint8))
-            args[0].scales.copy_(scales)
+            made = cls.of(args[1].bfloat16())
+            args[0].codes.copy_(made.codes)
+            args[0].scales.copy_(made.scales)
+            args[0].transposed.copy_(made.transposed)
             return args[0]
         plain = tree_map(
             lambda a: a.dequantize() if isinstance(a, cls) else a, (args, kwargs or {})
@@ -75,6 +78,7 @@ def keep_weights_in_fp8() -> None:
     utils.HAVE_TE_FP8_TENSOR_CLASS, utils.FP8_TENSOR_CLASS = True, BlockQuantised
     utils._modify_underlying_storage_impl = _move_codes
     utils._quantize_param_shard_impl = _quantise_shards
+    utils.te_post_all_gather_processing = _transpose
     original = build._build_chunk
 
     def build_chunk(*args: Any) -> Any:
@@ -119,6 +123,11 @@ class _Done(AbstractContextManager["_Done"]):
 def _move_codes(parameter: BlockQuantised, buffer: Tensor) -> None:
     buffer.copy_(parameter.codes)
     parameter.codes = buffer
+
+
+def _transpose(parameters: list[BlockQuantised]) -> None:
+    for parameter in parameters:
+        parameter.transposed.copy_(parameter.codes.t())
 
 
 def _quantise_shards(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from npr_megatron.config.training import ParallelConfig, TrainerConfig
-from tests.distributed.block_quantised import BLOCK, keep_weights_in_fp8
+from tests.distributed.block_quantised import BLOCK, BlockQuantised, keep_weights_in_fp8
 from tests.distributed.harness import run_ranks
 from tests.distributed.jobs import MODEL, Job, open_rank
 from tests.distributed.samples import step_batches
@@ -44,6 +44,8 @@ class Seen:
     """The optimizer's when a new stage has begun."""
     quantised: Arrays
     """What quantising ``trained`` gives, of the weights that are kept in FP8."""
+    stale: list[str]
+    """Weights whose copy for backward is not that of what was gathered."""
     losses: list[float]
 
 
@@ -70,6 +72,13 @@ def a_new_stage_starts_from_fp8() -> None:
         yield
 
     rank.fp32_weights_kept = not_kept
+
+
+def backward_multiplies_what_was_before() -> None:
+    """A gather outside of a forward leaves what is derived from the weights."""
+    from npr_megatron.train import rank
+
+    rank.finish_gather = lambda parameters: None
 
 
 def train(
@@ -103,10 +112,19 @@ def train(
         stored=arrays(trainer.storages),
         kept=kept_by_a_new_stage(trainer, job),
         quantised={name: quantised_again(trained[name], block) for name in in_fp8},
+        stale=[name for name in in_fp8 if is_stale(trainer._parameters[name])],
         losses=[result.loss for result in results],
     )
     trainer.close()
     return seen
+
+
+def is_stale(parameter: Any) -> bool:
+    import torch
+
+    if not isinstance(parameter, BlockQuantised):
+        return False  # TransformerEngine's own is not looked into
+    return not torch.equal(parameter.transposed, parameter.codes.t())
 
 
 def resume(
@@ -218,6 +236,7 @@ def check(seen: Seen) -> None:
         assert not np.array_equal(seen.trained[name], seen.started[name])
         assert np.array_equal(seen.published[name], numbers), f"{name} was published otherwise"
         assert np.array_equal(seen.kept[name], seen.trained[name]), f"a new stage lost {name}"
+    assert seen.stale == [], "backward multiplies other weights than forward"
     for name, published in seen.published.items():
         assert np.array_equal(seen.stored[name], published)
 
@@ -253,14 +272,17 @@ def test_a_checkpoint_holds_what_the_weights_mean_for_any_trainer(run, hf_folder
 
 
 FAULTS = {
-    weights_are_not_written: "starts|loaded otherwise",
-    the_optimizer_starts_from_fp8: "from FP8",
-    a_new_stage_starts_from_fp8: "a new stage lost",
+    weights_are_not_written: (False, "starts|loaded otherwise"),
+    the_optimizer_starts_from_fp8: (False, "from FP8"),
+    a_new_stage_starts_from_fp8: (False, "a new stage lost"),
+    backward_multiplies_what_was_before: (True, "backward multiplies"),
 }
+"""Whether gathers overlap, and what is said."""
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_shows(fault, run):
-    first, _ = run(ParallelConfig(dp_size=2), fault)
-    with pytest.raises(AssertionError, match=FAULTS[fault]):
+    is_overlapped, complaint = FAULTS[fault]
+    first, _ = run(ParallelConfig(dp_size=2, overlap_data_parallel=is_overlapped), fault)
+    with pytest.raises(AssertionError, match=complaint):
         check(first)
