@@ -7,6 +7,7 @@ from typing import Literal
 
 from npr_megatron.config.divisions import attention_problems, divides, mlp_problems
 from npr_megatron.config.engine import ClusterConfig, EngineConfig
+from npr_megatron.config.families import TRAINABLE_FAMILIES, family_problems
 from npr_megatron.config.model import ModelConfig
 
 DeviceType = Literal["cpu", "cuda"]
@@ -93,10 +94,17 @@ def _sglang(engine: EngineConfig, device: DeviceType) -> Iterator[str]:
 
 
 def _sglang_model(engine: EngineConfig, model: ModelConfig) -> Iterator[str]:
-    if model.family != "qwen3" or model.moe is not None or not model.has_qk_norm:
+    if model.family not in TRAINABLE_FAMILIES:
         yield (
-            f"the model is of family {model.family} and the SGLang backend is proven for dense "
-            "Qwen3 only; use such a model"
+            f"the model is of family {model.family} and the SGLang backend is proven for "
+            f"{', '.join(TRAINABLE_FAMILIES)} only; use one of them"
+        )
+    for problem in family_problems(model):
+        yield f"SGLang computes a model as its family says, and {problem}"
+    if model.family == "qwen3_moe" and model.moe is not None and model.moe.num_dense_layers:
+        yield (
+            f"the first {model.moe.num_dense_layers} layers of the model have no experts and "
+            'SGLang gives experts to every layer of Qwen3-MoE; set engine.backend = "embedded"'
         )
     tp_size, asked_by = engine.tp_size, "engine.tp_size"
     rows = -(-model.vocab_size // SGLANG_ROW_MULTIPLE) * SGLANG_ROW_MULTIPLE

@@ -174,6 +174,7 @@ class SglangEngine(Engine):
             num_slots=slots_of(request, self._config),
             post=self._mailbox.post,
             listener=listener,
+            routed=self._model if self._config.record_routes and self._model.moe else None,
         )
         self._jobs[request.request_id] = job
         self._thread.ask(lambda: self._enter(job))

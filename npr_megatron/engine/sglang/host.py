@@ -17,9 +17,11 @@ import signal
 import socket
 import sys
 import traceback
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from sglang.srt.entrypoints.engine import Engine  # pyright: ignore[reportMissingImports]
 from sglang.srt.managers.io_struct import (  # pyright: ignore[reportMissingImports]
@@ -45,6 +47,7 @@ from npr_megatron.engine.sglang.wire import (
     receive_first,
 )
 from npr_megatron.errors import EnvironmentFault, NprError
+from npr_megatron.records.trajectory import RouteArray
 
 _PR_SET_PDEATHSIG = 1
 _LOOK_S = 1.0
@@ -166,6 +169,12 @@ class _Host:
             self._tell(Returned(call.number, value, None))
 
 
+def _routes(meta: dict[str, Any]) -> RouteArray | None:
+    """Return the experts of a request that has ended, in one row; None where none are told."""
+    found = meta.get("routed_experts")
+    return None if found is None else np.frombuffer(b64decode(found), np.int32).astype(np.int16)
+
+
 def _rid(number: int) -> str:
     """SGLang aborts every request whose name begins with the one given: all are of one length."""
     return f"npr-{number:016x}"
@@ -173,6 +182,12 @@ def _rid(number: int) -> str:
 
 def _request(ask: Ask) -> GenerateReqInput:
     stage: Stage = ask.stage
+    routes: dict[str, Any] = {}
+    if stage.routes_from is not None:
+        routes = {
+            "return_routed_experts": True,
+            "routed_experts_start_len": stage.routes_from,
+        }
     return GenerateReqInput(
         rid=_rid(ask.number),
         input_ids=stage.token_ids,
@@ -187,6 +202,7 @@ def _request(ask: Ask) -> GenerateReqInput:
         cache_salt=stage.namespace,
         routed_dp_rank=ask.rank,
         stream=True,
+        **routes,
     )
 
 
@@ -234,6 +250,7 @@ class _Answers:
             scored_version=self._live_version,
             num_cached=meta.get("cached_tokens", 0),
             is_last=self.has_ended,
+            routes=_routes(meta) if self.has_ended else None,
             refusal=refusal,
         )
 

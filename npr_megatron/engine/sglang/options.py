@@ -59,6 +59,7 @@ def server_options(
         "disable_cuda_graph": not has_graphs,
         "disable_prefill_cuda_graph": True,  # decoding is what graphs pay for
         "cuda_graph_max_bs_decode": config.max_streams if has_graphs else None,
+        "enable_return_routed_experts": config.record_routes and model.moe is not None,
         "load_format": "dummy",  # weights are pushed
         "custom_weight_loader": [WEIGHT_LOADER],
         "weight_version": str(NO_VERSION),

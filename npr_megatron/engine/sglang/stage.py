@@ -14,6 +14,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from npr_megatron.records.trajectory import RouteArray
+
 CACHE_BACKEND = "npr"
 """Name of the plugin's radix cache: a server that chooses it can run stages."""
 _PREFIX = "npr_"
@@ -95,6 +97,9 @@ class Stage:
     score_from: int | None = None
     """Tokens behind this index are given log-probs; None gives none. At most ``num_held`` or the
     cached prefix is used up to here, since logits must be computed from here on."""
+    routes_from: int | None = None
+    """Tokens from this index on are answered with the experts that computed them; None asks for
+    none."""
     max_new_tokens: int = 0
     """0 computes keys, values and log-probs of the known tokens only."""
     stop_ids: tuple[int, ...] = ()
@@ -222,5 +227,8 @@ class StageResult:
     num_cached: int
     """Known tokens whose keys and values were found in the cache."""
     is_last: bool
+    routes: RouteArray | None = None
+    """In the last piece, where they were asked for: the experts of the tokens from ``routes_from``
+    to the last computed one, in all layers, in one row."""
     refusal: str = ""
     """Why the stage was refused or aborted; ``token_ids`` are valid all the same."""

@@ -10,7 +10,7 @@ from npr_megatron.config.check import check_run
 from npr_megatron.config.engine import EngineConfig, SglangConfig
 from npr_megatron.config.engine_check import engine_problems
 from npr_megatron.config.loader import load_run
-from npr_megatron.config.model import ModelConfig
+from npr_megatron.config.model import ModelConfig, MoeConfig
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart" / "run.toml"
 MODEL = ModelConfig(
@@ -21,6 +21,9 @@ MODEL = ModelConfig(
     head_dim=8,
     intermediate_size=48,
     vocab_size=90,
+)
+PARTLY_DENSE = MoeConfig(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, num_dense_layers=1
 )
 
 
@@ -53,10 +56,18 @@ def test_what_a_backend_cannot_do_is_named(engine, device, said):
     assert any(said in problem for problem in engine_problems(engine, MODEL, device))
 
 
-@pytest.mark.parametrize("changed", [{"family": "llama"}, {"has_qk_norm": False}])
-def test_models_that_sglang_was_not_proven_for_are_named(changed):
-    (problem,) = engine_problems(sglang(), MODEL.model_copy(update=changed), "cpu")
-    assert "proven for dense Qwen3 only" in problem
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"family": "glm4_moe"}, "of family glm4_moe and the SGLang backend is proven for qwen3"),
+        ({"has_qk_norm": False}, "family qwen3 normalises queries and keys"),
+        ({"family": "llama"}, "family llama has no query and key norms"),
+        ({"family": "qwen3_moe", "moe": PARTLY_DENSE}, "the first 1 layers of the model have no"),
+    ],
+)
+def test_models_that_sglang_was_not_proven_for_are_named(changed, said):
+    problems = engine_problems(sglang(), MODEL.model_copy(update=changed), "cpu")
+    assert any(said in problem for problem in problems)
 
 
 def test_keys_and_values_are_kept_where_nothing_is_scheduled_ahead():

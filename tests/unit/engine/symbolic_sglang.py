@@ -17,13 +17,16 @@ from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
+from npr_megatron.config.model import MoeConfig
 from npr_megatron.engine.flow.flow import Flow
 from npr_megatron.engine.flow.segment import linearise
 from npr_megatron.engine.sglang.stage import KV_LOST, UNTAUGHT, Stage, StageResult
-from npr_megatron.records.trajectory import IntArray, Trajectory
+from npr_megatron.records.trajectory import IntArray, RouteArray, Trajectory
 from npr_megatron.topology.layout import predecessors
 from npr_megatron.topology.visibility import dense_mask
+from tests.engines import TINY
 from tests.structures import WORDS
 from tests.unit.engine.symbolic import key_of, mix
 
@@ -39,6 +42,23 @@ def sample(key: np.uint64, stream_key: int, index: int) -> int:
 def logprob(key: np.uint64, token_id: int) -> float:
     """How likely ``token_id`` is behind a token that left ``key``; exact in single precision."""
     return -(int(mix(np.array([key + np.uint64(token_id)], np.uint64))[0]) % 4096) / 128 - 1.0
+
+
+ROUTED = TINY.model_copy(
+    update={
+        "num_hidden_layers": 3,
+        "moe": MoeConfig(
+            num_experts=128, num_experts_per_tok=2, moe_intermediate_size=8, num_dense_layers=1
+        ),
+    }
+)
+"""A model with experts in two of its three layers."""
+
+
+def experts(keys: npt.NDArray[np.uint64]) -> RouteArray:
+    """[T, layers, K] what computed the tokens that left ``keys``."""
+    shifts = np.arange(6, dtype=np.uint64) * np.uint64(7)
+    return (keys[:, None] >> shifts & np.uint64(127)).astype(np.int16).reshape(-1, 3, 2)
 
 
 @dataclass
@@ -145,7 +165,7 @@ class SymbolicSglang:
             return self._result([], [], refusal="aborted")
         if request.has_begun:
             tokens, logprobs = self._decode(request)
-            return self._result(tokens, logprobs, is_last=request.has_ended)
+            return self._told(request, self._result(tokens, logprobs, is_last=request.has_ended))
         self._release(stage)
         self._join(stage)
         num_cached = self._begin(request)
@@ -157,7 +177,17 @@ class SymbolicSglang:
             labels = enumerate(stage.token_ids[stage.score_from + 1 :], start=stage.score_from)
             scored = [logprob(request.keys[index], token_id) for index, token_id in labels]
         tokens, logprobs = self._decode(request)
-        return self._result(tokens, logprobs, scored=scored, is_last=request.has_ended)
+        result = self._result(tokens, logprobs, scored=scored, is_last=request.has_ended)
+        return self._told(request, result)
+
+    @staticmethod
+    def _told(request: _Request, result: StageResult) -> StageResult:
+        """Add the experts of all tokens but the last one, as SGLang does when a request ends."""
+        start = request.stage.routes_from
+        if start is None or not result.is_last:
+            return result
+        keys = np.array(request.keys[start : len(request.row) - 1], np.uint64)
+        return replace(result, routes=experts(keys).reshape(-1))
 
     def _result(
         self,
@@ -319,6 +349,12 @@ def expected(flow: Flow, version: int = 0) -> Trajectory:
             if flow.finish is not None:
                 break
     return scored(flow.trajectory(), version)
+
+
+def routed(trajectory: Trajectory, version: int = 0) -> RouteArray:
+    """Return [T, M, K] what computed each token of the record, were all of them computed."""
+    keys = _row_keys(trajectory.token_ids, trajectory.position_ids, trajectory, version)
+    return experts(np.array(keys, np.uint64))[:, 1:]
 
 
 def scored(trajectory: Trajectory, version: int = 0) -> Trajectory:

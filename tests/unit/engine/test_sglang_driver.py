@@ -23,7 +23,7 @@ from npr_megatron.schema.render import BlockTexts
 from tests.engines import request_for, skeleton_of, teacher_of
 from tests.listeners import STREAMS, Replay
 from tests.structures import SMALL, Structure, random_structure
-from tests.unit.engine.symbolic_sglang import SymbolicRanks, expected, scored
+from tests.unit.engine.symbolic_sglang import ROUTED, SymbolicRanks, expected, routed, scored
 
 GRAMMAR = Grammar(SMALL)
 NUM_SEEDS = 30
@@ -60,6 +60,7 @@ class Stand:
             num_slots=slots_of(request, self.config),
             post=self.hear,
             listener=listener,
+            routed=ROUTED,
         )
         self.jobs[request.rollout] = job
         self.conductor.enter(job)
@@ -134,7 +135,18 @@ def assert_as_expected(found: Trajectory, request: GenerationRequest, teacher: T
     assert (found.finish, found.finish_detail) == (wanted.finish, wanted.finish_detail)
     for name in STREAMS:
         np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
+    assert_routed(found)
 
+
+def assert_routed(found: Trajectory) -> None:
+    """Hold the experts against the whole text. They may be unknown where branches were open."""
+    routes = found.routed_experts
+    assert routes is not None
+    is_known = routes[:, 0, 0] >= 0
+    assert (routes[~is_known] == -1).all()
+    np.testing.assert_array_equal(routes[is_known], routed(found)[is_known])
+    if found.branch[-1] == 0 and found.finish is FinishReason.STOP:
+        assert np.flatnonzero(~is_known).tolist() == [len(routes) - 1]
 
 
 @pytest.mark.parametrize("dp_size", [1, 3])

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import Enum, auto
 from types import MappingProxyType
 from typing import Protocol
@@ -27,6 +28,7 @@ from typing import Protocol
 from npr_megatron.engine.flow.flow import Flow, Stream
 from npr_megatron.engine.sglang.client.lines import Line, Received, Scores
 from npr_megatron.engine.sglang.client.replay import replay
+from npr_megatron.engine.sglang.client.routes import NUM_SHARED, RouteBook
 from npr_megatron.engine.sglang.client.rows import Row, runs_of
 from npr_megatron.engine.sglang.client.stages import (
     block_row,
@@ -75,6 +77,7 @@ class Driver:
         name: of this life's leases.
         namespace: of its keys and values; see ``Stage.namespace``.
         received: :attr:`left_over` of the life before.
+        book: takes down which experts computed the tokens; None asks for none.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Driver:
         namespace: str,
         version: int,
         received: Mapping[int, Received] = MappingProxyType({}),
+        book: RouteBook | None = None,
     ) -> None:
         self.flow = flow
         self.name = name
@@ -94,6 +98,7 @@ class Driver:
         """Why this life is over although the flow is not; it goes on in another one."""
         self._desk = desk
         self._stops = stops
+        self._book = book
         self._template = Stage(trajectory=name, namespace=namespace, token_ids=[], offset=0)
         self.version = version
         """Of the live weights."""
@@ -159,6 +164,8 @@ class Driver:
         line.num_in_stage += len(answer.token_ids)
         if not answer.is_last:
             return
+        if self._book is not None and answer.routes is not None and not answer.refusal:
+            self._book.take(line.branch, answer.routes)
         if not line.num_in_stage and not answer.refusal:
             raise EnvironmentFault(
                 f"SGLang was asked for the next tokens of branch {line.branch} of "
@@ -361,6 +368,9 @@ class Driver:
 
     def _send_decode(self, line: Line, row: Row) -> None:
         stage = decode_stage(self.flow, line, row, self._template, self._stops)
+        if self._book is not None:
+            routes_from = len(row.token_ids) - NUM_SHARED if line.branch else 0
+            stage = replace(stage, routes_from=routes_from)
         if stage.max_new_tokens > 0:
             line.has_paused, line.num_in_stage = False, 0
             line.stage = self._send(stage, _Kind.DECODE, line)

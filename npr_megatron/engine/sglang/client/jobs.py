@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from npr_megatron.config.engine import EngineConfig
+from npr_megatron.config.model import ModelConfig
 from npr_megatron.engine.events import Event, Watcher
 from npr_megatron.engine.flow.flow import Flow
 from npr_megatron.engine.sglang.client.driver import Desk, Driver
 from npr_megatron.engine.sglang.client.reservations import scoring_slots
+from npr_megatron.engine.sglang.client.routes import RouteBook
 from npr_megatron.engine.sglang.client.rows import recorded_runs
 from npr_megatron.engine.sglang.client.scorer import Scorer
 from npr_megatron.engine.sglang.client.stops import Stops
@@ -45,6 +47,7 @@ class FlowJob:
         age: number of its arrival.
         num_slots: its worst case.
         post: takes its news.
+        routed: the model whose experts are to be recorded; None records none.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class FlowJob:
         num_slots: int,
         post: Callable[[News], None],
         listener: Callable[[Event], None] | None,
+        routed: ModelConfig | None = None,
     ) -> None:
         self.flow = flow
         self.age = age
@@ -70,6 +74,8 @@ class FlowJob:
         self._listener = listener
         self._watcher = Watcher()
         self._driver: Driver | None = None
+        self._routed = routed
+        self._book = None if routed is None else RouteBook(routed)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -107,6 +113,7 @@ class FlowJob:
             namespace=f"{self._era.name}/{self._structure(name)}",
             version=self._era.version,
             received={} if before is None else before.left_over,
+            book=self._book,
         )
         return self._driver
 
@@ -120,6 +127,7 @@ class FlowJob:
         if self.flow.ledger.total:
             self.flow = self.flow.anew()
         self._driver = None
+        self._book = None if self._routed is None else RouteBook(self._routed)
 
     def end(self, reason: FinishReason) -> None:
         """End the trajectory if it has not ended."""
@@ -136,7 +144,8 @@ class FlowJob:
                 self._era.num_distrusts += 1
             if self.deadline is not None:
                 self.deadline.cancel()
-            self._post(News(request_id, self._listener, events, flow.trajectory()))
+            routes = None if self._book is None else self._book.routes(flow)
+            self._post(News(request_id, self._listener, events, flow.trajectory(routes)))
         elif events:
             self._post(News(request_id, self._listener, events, None))
 

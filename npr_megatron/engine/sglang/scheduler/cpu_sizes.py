@@ -1,7 +1,8 @@
 """Keep SGLang on a CPU from padding the model.
 
 It rounds widths and heads up to what its compiled CPU kernels like, which are not used here, and a
-pushed part would no longer fit. Only in engines whose weights our loader writes.
+pushed part would no longer fit. And keep it from asking CUDA for the memory of routes, which it
+allocates with the model. Only in engines whose weights our loader writes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from npr_megatron.engine.sglang.options import WEIGHT_LOADER
+from npr_megatron.engine.sglang.scheduler.routes import allow_plain_memory
 
 TARGET = "sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp"
 """Called on a CPU only, before the model is built."""
@@ -22,5 +24,6 @@ def keep_sizes(
     from sglang.srt.runtime_context import get_model  # pyright: ignore[reportMissingImports]
 
     if WEIGHT_LOADER in (get_model().custom_weight_loader or []):
+        allow_plain_memory()
         return model_config
     return adjust(model_config, load_config, tp_size)

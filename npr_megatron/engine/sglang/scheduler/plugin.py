@@ -58,8 +58,9 @@ def _build_cache(context: Any) -> Any:
 
     from npr_megatron.engine.sglang.scheduler.radix_cache import NprRadixCache
 
-    cache = create_unified_radix_cache(context, cache_class=NprRadixCache)
+    cache: Any = create_unified_radix_cache(context, cache_class=NprRadixCache)
     cache.forward_stream = context.tp_worker.model_runner.forward_stream
+    cache.has_routes = getattr(context.server_args, "enable_return_routed_experts", False)
     _apply_hooks(cache.orders)
     _LOGGER.info("NPR stages: radix cache and hooks are in place")
     return cache

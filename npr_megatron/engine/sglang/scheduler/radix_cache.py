@@ -41,6 +41,7 @@ from torch import Tensor
 from npr_megatron.engine.sglang.scheduler.joins import branch_paths
 from npr_megatron.engine.sglang.scheduler.leases import Leases
 from npr_megatron.engine.sglang.scheduler.orders import OrderBook
+from npr_megatron.engine.sglang.scheduler.routes import copy_routes
 from npr_megatron.engine.sglang.stage import KV_LOST, Audit, Orders
 
 _MATCHES_PER_LOOK = 1024
@@ -54,6 +55,8 @@ class NprRadixCache(UnifiedRadixCache):
         self.orders = OrderBook()
         self.forward_stream: Any = None
         """Stream on which the model writes keys and values; None without a GPU."""
+        self.has_routes = False
+        """Whether the experts of tokens are recorded."""
         self._leases: Leases[Any] = Leases()
         self._num_matches = 0
         super().__init__(params)
@@ -147,12 +150,14 @@ class NprRadixCache(UnifiedRadixCache):
         )
 
     def _copy_rows(self, target: Tensor, source: Tensor) -> None:
-        """Copy keys and values of all layers, in the order of the forward passes.
+        """Copy keys and values of all layers, in the order of the forward passes, and routes.
 
         The pass that runs now may still write to a slot that was freed meanwhile, so on a GPU the
         copy takes its place behind it.
         """
-        pool = self.token_to_kv_pool_allocator.get_kvcache()
+        if self.has_routes:
+            copy_routes(target, source)
+        pool: Any = self.token_to_kv_pool_allocator.get_kvcache()
         if not source.is_cuda:
             pool.move_kv_cache(target, source)
             return
