@@ -1,11 +1,21 @@
-"""Which ranks share the gradient of a routed expert."""
+"""What Megatron must be told about routed experts: how routers multiply, who shares gradients."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
+
+
+def multiply_in_torch() -> None:
+    """Let routers multiply by torch where there is no TransformerEngine; nothing where there is.
+
+    They look for TransformerEngine's product under a name that Megatron then leaves undefined.
+    """
+    names: Any = moe_utils
+    names.te_general_gemm = vars(names).get("te_general_gemm")
 
 
 def reduce_experts_apart(chunk: GPTModel) -> None:

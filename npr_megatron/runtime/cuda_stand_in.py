@@ -7,9 +7,9 @@ Two halves, because Megatron reaches CUDA in two ways:
   torch: its RNG accessors (they queue behind a CUDA initialisation that never comes), its choice of
   Adam (``runtime.adam``), how it splits an optimizer between the GPU and the CPU
   (``runtime.offload_stand_in``), the queue of its checkpoint writer (a manager process, where every
-  save of ours begins and ends in one process), and three places in its experts (a function that
-  only TransformerEngine brings; split sizes that are moved off the GPU or else stay tensors;
-  shards of unequal lengths, ``runtime.unequal_shards``);
+  save of ours begins and ends in one process), and two places in its experts (split sizes that
+  are moved off the GPU or else stay tensors; shards of unequal lengths,
+  ``runtime.unequal_shards``);
 * ``device="cuda"`` arguments and the comparison of ``tensor.type()`` with
   ``"torch.cuda.FloatTensor"`` are rewritten by a torch function mode, active inside
   :func:`cuda_means_cpu` and in that thread only.
@@ -194,7 +194,7 @@ def _replace_megatron_internals() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     from npr_megatron.runtime.adam import install_adam
     from npr_megatron.runtime.offload_stand_in import split_on_one_device
@@ -213,8 +213,6 @@ def _replace_megatron_internals() -> None:
     writer: Any = filesystem_async
     writer._get_write_results_queue = _checkpoint_queue
 
-    router: Any = moe_utils
-    router.te_general_gemm = None  # a name it asks for and imports with TransformerEngine only
     dispatcher: Any = token_dispatcher
     dispatcher.maybe_move_tensor_to_cpu = _on_cpu
     moves: Any = mappings
