@@ -59,10 +59,10 @@ def generate(
     A prompt that cannot be answered (too long, or with signs the tokenizer does not know) is named
     and left out; the others are answered, and the exit code is 2.
     """
+    asked = read_prompts(prompts or [], file)
     if samples > 1 and temperature == 0.0:
         raise InputError(
-            f"{samples} samples were asked for at temperature 0, where all would be the same; "
-            "add --temperature 1"
+            f"{samples} samples at temperature 0 would all be the same; add --temperature 1"
         )
     template = GenerationRequest(
         prompt_id="",
@@ -83,7 +83,7 @@ def generate(
     )
     order = AnswerOrder(
         model_folder=model_folder,
-        questions={x.name: x.text for x in read_prompts(prompts or [], file)},
+        questions={prompt.name: prompt.text for prompt in asked},
         template=template,
         num_samples=samples,
         is_budget_firm=max_new_tokens is not None,

@@ -60,7 +60,7 @@ class _Sglang:
 
     requests: Any
     """Module of its messages."""
-    serialise: Callable[[Any], bytes]
+    serialise: Callable[[Any], Any]
 
     @classmethod
     def beside(cls, manager: Any) -> _Sglang:
