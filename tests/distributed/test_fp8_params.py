@@ -286,3 +286,10 @@ def test_a_planted_fault_shows(fault, run):
     first, _ = run(ParallelConfig(dp_size=2, overlap_data_parallel=is_overlapped), fault)
     with pytest.raises(AssertionError, match=complaint):
         check(first)
+
+
+def test_a_rank_that_has_no_fp8_says_so_before_it_joins_the_others(hf_folder, tmp_path):
+    job = Job(hf_folder=hf_folder, parallel=ParallelConfig(dp_size=2), trainer=TRAINER)
+    said = 'EnvironmentFault: trainer.fp8 = "blockwise" was asked for and this process sees no NVID'
+    with pytest.raises(AssertionError, match=said):
+        run_ranks(resume, 1, tmp_path, job, ())  # alone: joining would wait for the other

@@ -109,7 +109,7 @@ def test_the_real_package_of_pypi_is_told_from_nvidias(tmp_path):
     pip = [sys.executable, "-m", "pip", "download", "apex==0.9.10.dev0", "--no-deps", "-qq"]
     options = ["--no-binary", ":all:", "--no-build-isolation", "--dest", str(tmp_path)]
     try:
-        asked = subprocess.run([*pip, *options], capture_output=True, timeout=60, check=False)
+        asked = subprocess.run([*pip, *options], capture_output=True, timeout=30, check=False)
     except subprocess.TimeoutExpired:
         pytest.skip("no package index answered in time")
     archives = list(tmp_path.glob("apex-*.tar.gz"))
