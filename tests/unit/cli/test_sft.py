@@ -98,6 +98,7 @@ def test_a_tokenizer_or_model_that_does_not_fit_is_refused(npr, run_file):
 
 def test_editors_can_ask_for_the_schema_of_these_run_files(npr):
     schema = json.loads(npr("schema", "--sft").out)
-    assert set(schema["properties"]) == {"run", "model", "data", "parallel", "trainer", "sft"}
+    sections = {"run", "model", "data", "parallel", "trainer", "checkpoint", "sft"}
+    assert set(schema["properties"]) == sections
     described = schema["$defs"]["DataSection"]["properties"]
     assert all("description" in field for field in described.values())
