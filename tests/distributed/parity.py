@@ -114,7 +114,13 @@ def compare(found: Run, expected: Run) -> None:
         difference = np.abs(found.gradients[name] - gradient).max() / scale
         assert difference <= TOLERANCE, f"{GRADIENT} {name} differs by {difference:.1e}"
     for got, want in zip(found.results, expected.results, strict=True):
-        for name in ("loss", "grad_norm", "mean_policy_logprob", "max_logprob_gap"):
+        for name in (
+            "loss",
+            "grad_norm",
+            "mean_policy_logprob",
+            "mean_entropy",
+            "max_logprob_gap",
+        ):
             a, b = getattr(got, name), getattr(want, name)
             assert abs(a - b) <= TOLERANCE * abs(b), f"{name} is {a}, not {b}"
         assert (got.num_loss_tokens, got.num_tokens) == (want.num_loss_tokens, want.num_tokens)
