@@ -20,6 +20,11 @@ ratio survives a busy machine, absolute times do not.
     Peak memory of label log-probs from hidden states, forward and backward, beside inputs and
     their gradients, against logits, ``float()`` and ``log_softmax``.
 
+Found on two busy cores, one thread: steps 1.09 times as fast as plain PyTorch in rows of 256 and
+1.6 times in rows of 2,048; attention 2.7 and 3.4 times as fast as under a mask at 2,048 and 8,192
+tokens, in 7 and 33 MiB instead of 34 and 384, and in 146 MiB at 32,768 tokens, where the mask alone
+is 4,096; 98.7 % of rows filled at least; log-probs in 88 of 759 MiB.
+
     python tools/bench_train.py
     python tools/bench_train.py --only attention --dense 32768 --repeats 1
     python tools/bench_train.py --device cuda --only attention logprobs --json
@@ -45,12 +50,12 @@ from npr_megatron.runtime.foreign_warnings import silence_foreign_warnings
 SECTIONS = ("step", "attention", "packing", "logprobs")
 MODEL = ModelConfig(
     num_hidden_layers=4,
-    hidden_size=128,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+    hidden_size=256,
+    num_attention_heads=8,
+    num_key_value_heads=4,
     head_dim=32,
-    intermediate_size=384,
-    vocab_size=2048,
+    intermediate_size=768,
+    vocab_size=4096,
     tie_word_embeddings=False,
 )
 """The model of ``step``: small, so that what a trainer adds to it shows."""
@@ -158,7 +163,7 @@ def _arguments() -> argparse.Namespace:
     options.add_argument(
         "--dense", type=int, default=8192, help="longest row that gets a dense mask [tokens]"
     )
-    options.add_argument("--repeats", type=int, default=3, help="of each measurement, best kept")
+    options.add_argument("--repeats", type=int, default=5, help="of each measurement, best kept")
     options.add_argument("--quick", action="store_true", help="tiny sizes, to see that all runs")
     options.add_argument("--json", action="store_true")
     return options.parse_args()

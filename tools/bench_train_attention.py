@@ -122,7 +122,7 @@ def attention_figures(
         f"attention memory per token, {lengths[-1]} / {lengths[0]} tokens",
         per_token[-1] / per_token[0],
         "x",
-        1.25,
+        1.5,
         True,
         f"{per_token[-1]:.0f} of {per_token[0]:.0f} bytes",
     )

@@ -82,7 +82,9 @@ class _SegmentAttention(torch.autograd.Function):
             for part in parts:
                 *looking, grad_query = _queries(part, of_queries)
                 keys, values, grad_key, grad_value = _keys(part, of_keys)
-                shares = _flash_backward(*looking, keys, values, is_causal, ctx.scale)
+                shares = _flash_backward(
+                    *looking, key=keys, value=values, is_causal=is_causal, scale=ctx.scale
+                )
                 for grad, share in zip((grad_query, grad_key, grad_value), shares, strict=True):
                     grad += share
         dtype = query.dtype
@@ -101,12 +103,15 @@ def _attend(
     of_queries, of_keys = _rows(query, out, lse), _rows(key, value)
     for part in plan.own:
         looking, part_out, part_lse = _queries(part, of_queries)
-        found_out, found_lse = _flash(looking, *_keys(part, of_keys), True, scale)
+        keys = _keys(part, of_keys)
+        found_out, found_lse = _flash(looking, *keys, is_causal=True, scale=scale)
         part_out.copy_(found_out)
         part_lse.copy_(found_lse)
     for part in plan.earlier:
         looking, part_out, part_lse = _queries(part, of_queries)
-        _merge(part_out, part_lse, *_flash(looking, *_keys(part, of_keys), False, scale))
+        keys = _keys(part, of_keys)
+        more = _flash(looking, *keys, is_causal=False, scale=scale)
+        _merge(part_out, part_lse, *more)
     return out.to(query.dtype), lse
 
 
@@ -133,7 +138,7 @@ def _merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return one part's output and log-sum-exp."""
     aten: Any = torch.ops.aten
@@ -152,6 +157,7 @@ def _flash_backward(
     out: Tensor,
     lse: Tensor,
     query: Tensor,
+    *,
     key: Tensor,
     value: Tensor,
     is_causal: bool,
