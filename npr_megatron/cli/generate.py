@@ -62,7 +62,7 @@ def generate(
     asked = read_prompts(prompts or [], file)
     if samples > 1 and temperature == 0.0:
         raise InputError(
-            f"{samples} samples at temperature 0 would all be the same; add --temperature 1"
+            f"{samples} samples at temperature 0 would be the same; add --temperature 1"
         )
     template = GenerationRequest(
         prompt_id="",

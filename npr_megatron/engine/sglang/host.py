@@ -68,8 +68,12 @@ def main() -> None:
     remove_together(Path(start.options["model_path"]), shared_memory)
     try:
         engine.loop.run_until_complete(_Host(engine.tokenizer_manager).serve(connection))
-    finally:
-        engine.shutdown()
+    except Exception:  # noqa: BLE001 - the owner quotes the end of the log
+        traceback.print_exc()
+    engine.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # to take down what was imported takes seconds
 
 
 async def _end_of_a_scheduler() -> str:
