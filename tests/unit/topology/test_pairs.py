@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from npr_megatron.topology.pairs import num_visible_pairs
 from npr_megatron.topology.visibility import dense_mask
+from tests.packed_rows import sample_labels
 
 trunk_then_branches = st.lists(
     st.tuples(st.integers(0, 5), st.lists(st.integers(1, 6), max_size=4)), min_size=1, max_size=4
@@ -16,13 +17,7 @@ trunk_then_branches = st.lists(
 
 def labels(parts) -> tuple[np.ndarray, np.ndarray]:
     """Return block and branch of trunk pieces, each followed by branches of the given lengths."""
-    block, branch = [0], [0]
-    for number, (trunk, branches) in enumerate(parts, start=1):
-        block += [0] * trunk
-        branch += [0] * trunk
-        for index, length in enumerate(branches, start=1):
-            block += [number] * length
-            branch += [index] * length
+    block, branch = sample_labels(1, parts, 0)
     return np.array(block, dtype=np.int32), np.array(branch, dtype=np.int32)
 
 
