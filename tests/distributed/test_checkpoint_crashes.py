@@ -62,6 +62,7 @@ def killed_writers(rank, world_size, init_method, job, folder, victim, num_kills
         unbroken[number] = trainer.train_step(batch), held(trainer)
         if number in (2, 3):
             trainer.save(before if number == 2 else whole, {"trained": number})
+    assert not equal(unbroken[3], unbroken[4]), "what was not learnt would pass"
     strikes = Strikes()
 
     def save_third(where, at):

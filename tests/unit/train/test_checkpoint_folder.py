@@ -8,7 +8,6 @@ from collections import namedtuple
 
 import pytest
 
-from npr_megatron.config.model import ModelConfig
 from npr_megatron.errors import EnvironmentFault, InputError
 from npr_megatron.train.checkpoint_folder import (
     begin_checkpoint,
@@ -24,17 +23,8 @@ from npr_megatron.train.checkpoint_manifest import (
     record_file,
     write_manifest,
 )
+from tests.distributed.jobs import MODEL
 
-MODEL = ModelConfig(
-    num_hidden_layers=4,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    intermediate_size=48,
-    vocab_size=64,
-    tie_word_embeddings=True,
-)
 ORIGIN = Origin(model=MODEL, dtype="fp32", optimizer="adam")
 
 
