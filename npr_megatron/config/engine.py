@@ -59,7 +59,7 @@ class EngineConfig(Section):
     """Record which experts computed each token, so that the trainer can compute it with the same
     ones. Reinforcement learning of a model with experts switches it on."""
     debug_checks: bool = False
-    """Verify the slot partition after every step."""
+    """Verify the slot partition after every step, and that SGLang's ranks agree."""
 
     @property
     def num_devices(self) -> int:

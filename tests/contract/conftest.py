@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from npr_megatron.engine.interface import Engine
 from tests.contract.backends import BACKENDS, Backend, Subject
 from tests.engines import assert_nothing_is_left, step_until
+
+_WHATEVER_THE_RANKS = ("test_ends.py", "test_intake.py")
+"""What is decided in front of the model, by code that knows of no ranks."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Spare several ranks on few cores what one rank has shown."""
+    here = Path(__file__).parent
+    spared = [
+        item
+        for item in items
+        if item.path.parent == here
+        and item.path.name in _WHATEVER_THE_RANKS
+        and isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and any(
+            isinstance(value, Backend) and value.config.tp_size > 1
+            for value in item.callspec.params.values()
+        )
+    ]
+    config.hook.pytest_deselected(items=spared)
+    items[:] = [item for item in items if item not in spared]
 
 
 @pytest.fixture(scope="session", params=BACKENDS, ids=lambda backend: backend.name)

@@ -160,6 +160,18 @@ def learn(
     fault: Callable[[], None] | None = None,
 ) -> Learnt:
     """Take the job's steps; ``fault`` breaks something in this process before the rank is built."""
+    return learn_one_by_one(rank, world_size, init_method, job, (job.batches,), fault)[0]
+
+
+def learn_one_by_one(
+    rank: int,
+    world_size: int,
+    init_method: str,
+    job: Job,
+    lives: tuple[tuple[StepBatch, ...], ...],
+    fault: Callable[[], None] | None = None,
+) -> list[Learnt]:
+    """Take the steps of each life, every one from the job's weights."""
     from npr_megatron.train import rank as rank_module
 
     gradients: dict[str, np.ndarray] = {}
@@ -175,11 +187,18 @@ def learn(
     if fault is not None:
         fault()
     trainer = open_rank(rank, world_size, init_method, job)
-    results = [trainer.train_step(batch) for batch in job.batches]
-    trainer.gather_weights()
-    storages = {name: tensor.clone().numpy() for name, tensor in trainer.storages.items()}
+    learnt: list[Learnt] = []
+    for number, batches in enumerate(lives):
+        if number:
+            trainer.load_hf(job.hf_folder)
+            trainer.begin_stage(job.optimizer, job.num_steps)
+        gradients.clear()
+        results = [trainer.train_step(batch) for batch in batches]
+        trainer.gather_weights()
+        storages = {name: tensor.clone().numpy() for name, tensor in trainer.storages.items()}
+        learnt.append(Learnt(results=results, gradients=dict(gradients), storages=storages))
     trainer.close()
-    return Learnt(results=results, gradients=gradients, storages=storages)
+    return learnt
 
 
 def _use_small_buckets() -> None:

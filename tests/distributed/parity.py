@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from npr_megatron.config.model import ModelConfig
 from npr_megatron.config.training import LossConfig, ParallelConfig
 from npr_megatron.data.packing import pack
 from npr_megatron.train.step import StepBatch, StepResult
 from tests.distributed.harness import run_ranks
-from tests.distributed.jobs import MODEL, Job, Learnt, check_weights, learn, whole_model
+from tests.distributed.jobs import MODEL, Job, Learnt, check_weights, learn_one_by_one, whole_model
 from tests.distributed.models import write_model
 from tests.distributed.samples import branched_sample, step_batches
 
@@ -79,20 +80,22 @@ class Trainer:
         fault: Callable[[], None] | None = None,
     ) -> Run:
         """Return the run of all ranks; ``fault`` breaks something in each of them first."""
+        return self.runs(model, parallel, (rows,), fault)[0]
+
+    def runs(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        rows: tuple[str, ...],
+        fault: Callable[[], None] | None = None,
+    ) -> list[Run]:
+        """Return one run for each kind of rows, all by the same processes."""
         job = Job(
-            hf_folder=self._weights_of(model.model_dump_json()),
-            model=model,
-            parallel=parallel,
-            batches=batches_of(rows),
+            hf_folder=self._weights_of(model.model_dump_json()), model=model, parallel=parallel
         )
-        ranks = run_ranks(learn, parallel.world_size, self._folder, job, fault)
-        assert all(rank.results == ranks[0].results for rank in ranks), "ranks disagree"
-        return Run(
-            ranks[0].results,
-            whole_model([rank.gradients for rank in ranks], model, parallel),
-            whole_model([rank.storages for rank in ranks], model, parallel),
-            tuple(ranks),
-        )
+        lives = tuple(batches_of(kind) for kind in rows)
+        ranks = run_ranks(learn_one_by_one, parallel.world_size, self._folder, job, lives, fault)
+        return [_put_together(life, model, parallel) for life in zip(*ranks, strict=True)]
 
     def run_alone(self, model: ModelConfig, rows: str) -> Run:
         """Return the run of one rank."""
@@ -104,6 +107,16 @@ class Trainer:
 
     def _train_alone(self, model_json: str, rows: str) -> Run:
         return self.run(ModelConfig.model_validate_json(model_json), ParallelConfig(), rows)
+
+
+def _put_together(ranks: tuple[Learnt, ...], model: ModelConfig, parallel: ParallelConfig) -> Run:
+    assert all(rank.results == ranks[0].results for rank in ranks), "ranks disagree"
+    return Run(
+        ranks[0].results,
+        whole_model([rank.gradients for rank in ranks], model, parallel),
+        whole_model([rank.storages for rank in ranks], model, parallel),
+        ranks,
+    )
 
 
 def compare(found: Run, expected: Run) -> None:
@@ -125,3 +138,16 @@ def compare(found: Run, expected: Run) -> None:
             assert abs(a - b) <= TOLERANCE * abs(b), f"{name} is {a}, not {b}"
         assert (got.num_loss_tokens, got.num_tokens) == (want.num_loss_tokens, want.num_tokens)
     check_weights(found.weights, expected.weights)
+
+
+def require_complaint(
+    trainer: Trainer,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    fault: Callable[[], None],
+    complaint: str,
+) -> None:
+    """Require that the comparison of packed rows finds ``fault`` and says ``complaint``."""
+    expected = trainer.run_alone(model, "packed")
+    with pytest.raises(AssertionError, match=complaint):
+        compare(trainer.run(model, parallel, "packed", fault), expected)

@@ -12,7 +12,7 @@ from npr_megatron.config.parallel_check import parallel_problems
 from tests.distributed import planted
 from tests.distributed.jobs import TRAINER
 from tests.distributed.models import UNTIED
-from tests.distributed.parity import GRADIENT, REPLICAS, ROWS, compare, layout
+from tests.distributed.parity import GRADIENT, REPLICAS, ROWS, compare, layout, require_complaint
 
 DEEP = UNTIED.model_copy(update={"num_hidden_layers": 8})
 
@@ -63,12 +63,12 @@ FAULTS = {
 """Where each fault is planted, and what must be said of it: that nothing crashes is its point."""
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_training_equals_one_rank(name, rows, trainer):
+def test_training_equals_one_rank(name, trainer):
     model, parallel = LAYOUTS[name]
     assert parallel_problems(parallel, TRAINER, model) == []
-    compare(trainer.run(model, parallel, rows), trainer.run_alone(model, rows))
+    for rows, found in zip(ROWS, trainer.runs(model, parallel, ROWS), strict=True):
+        compare(found, trainer.run_alone(model, rows))
 
 
 @pytest.mark.parametrize("name", ["cp2 tp2", "pp2 vpp2"])
@@ -81,7 +81,4 @@ def test_training_by_segments_equals_one_rank_under_a_mask(name, trainer):
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_shows(fault, trainer):
     name, complaint = FAULTS[fault]
-    model, parallel = LAYOUTS[name]
-    expected = trainer.run_alone(model, "packed")
-    with pytest.raises(AssertionError, match=complaint):
-        compare(trainer.run(model, parallel, "packed", fault), expected)
+    require_complaint(trainer, *LAYOUTS[name], fault, complaint)

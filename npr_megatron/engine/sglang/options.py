@@ -87,6 +87,7 @@ def server_environment(
     }
     if config.debug_checks:
         variables["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "2"
+        variables["SGLANG_ENABLE_RANK_CONSENSUS_CHECKER"] = "1"
     if device == "cpu":
         # Threads that spin against other processes make a request ten times slower.
         threads = int(environment.get("OMP_NUM_THREADS", "1").split(",")[0])

@@ -1,4 +1,4 @@
-"""Every element arrives, on every random topology, by every executor that needs one process."""
+"""Every element arrives, on every random topology, by the executors that need one process."""
 
 from __future__ import annotations
 
@@ -149,11 +149,13 @@ def folder(tmp_path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("shard", range(NUM_SHARDS))
-def test_every_element_arrives_by_every_executor_and_comes_back(shard, folder):
+def test_every_element_arrives_and_comes_back(shard, folder):
     for number, topology in numbered(shard):
         ids = element_ids(topology.model)
         held, served = source_storages(topology, ids), target_storages(topology, ids)
-        for carry in (in_process, through_shared_memory, from_disk):
+        # In turns: each of the two plans anew for every rank, which is what takes the time.
+        through_files = (through_shared_memory, from_disk)[number // NUM_SHARDS % 2]
+        for carry in (in_process, through_files):
             arrived = carry(topology, held, number, folder)
             assert num_different(arrived, served) == 0, (carry.__name__, topology)
         back = planned(topology.target, topology.source, None)
