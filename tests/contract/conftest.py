@@ -1,4 +1,8 @@
-"""One engine per backend and session; every test leaves it as free as it found it."""
+"""One engine per backend; every test leaves it as free as it found it.
+
+An engine ends with the last test of this folder: idle ranks of SGLang keep asking one another for
+work, which takes others half of two cores.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in spared]
 
 
-@pytest.fixture(scope="session", params=BACKENDS, ids=lambda backend: backend.name)
+@pytest.fixture(scope="package", params=BACKENDS, ids=lambda backend: backend.name)
 def started(request: pytest.FixtureRequest) -> Iterator[Subject]:
     backend: Backend = request.param
     if backend.absence:
