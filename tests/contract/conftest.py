@@ -1,7 +1,7 @@
 """One engine per backend; every test leaves it as free as it found it.
 
-An engine ends with the last test of this folder: idle ranks of SGLang keep asking one another for
-work, which takes others half of two cores.
+The last one lives until the last test of this folder, and its idle ranks take half of two cores to
+ask one another for work: so tests with engines of their own come first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WHATEVER_THE_RANKS = ("test_ends.py", "test_intake.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Spare several ranks on few cores what one rank has shown."""
+    """Spare several ranks on few cores what one rank has shown, and order the rest."""
     here = Path(__file__).parent
     spared = [
         item
@@ -36,6 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     config.hook.pytest_deselected(items=spared)
     items[:] = [item for item in items if item not in spared]
+    items.sort(key=lambda item: item.path != here / "test_pressure.py")
 
 
 @pytest.fixture(scope="package", params=BACKENDS, ids=lambda backend: backend.name)
