@@ -61,8 +61,9 @@ make_venv() {
   exit 2
 }
 
+# Python compiles a module when it is first imported; few of those installed ever are.
 pip_install() {
-  "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"
+  "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check "$@"
 }
 
 install_cpu_torch() {
