@@ -99,6 +99,7 @@ def _apply_hooks(orders: Any) -> None:
         HookType,
     )
 
+    from npr_megatron.engine.sglang.scheduler import input_logprobs
     from npr_megatron.engine.sglang.scheduler.hooks import BatchHook, BudgetHook
     from npr_megatron.engine.sglang.scheduler.sampler import sample
 
@@ -112,6 +113,10 @@ def _apply_hooks(orders: Any) -> None:
             HookType.AFTER,
         ),
         "sglang.srt.layers.sampler.Sampler.forward": (sample, HookType.AROUND),
+        **{
+            target: (input_logprobs.with_own_cursor, HookType.AROUND)
+            for target in input_logprobs.TARGETS
+        },
     }
     before = {target: support.found(target) for target in hooks}
     for target, (hook, kind) in hooks.items():

@@ -27,6 +27,9 @@ ATTRIBUTES: Mapping[str, Collection[str]] = {
         "update_finish_state",
     ],
     _SRT + "managers.schedule_batch.ScheduleBatch": ["reqs", "seq_lens_cpu"],
+    _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor": [
+        "_apply_chunked_prefill_logprobs", "_apply_prefill_logprobs",
+    ],
     _SRT + "mem_cache.base_prefix_cache.EvictParams": ["num_tokens"],
     _SRT + "mem_cache.base_prefix_cache.InsertParams": ["key", "prev_prefix_len", "value"],
     _SRT + "mem_cache.base_prefix_cache.MatchPrefixParams": ["key", "req"],
