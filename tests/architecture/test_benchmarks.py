@@ -112,6 +112,7 @@ def sglang_figures(*options: str) -> dict[str, dict[str, dict]]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(absence_of_sglang() != "", reason=absence_of_sglang())
 def test_native_branches_are_compared_with_textual_joins_and_compute_less():
     figures = sglang_figures("--repeats", "1")

@@ -19,16 +19,17 @@ from tests.chaos.case import NUM_REPLICAS, Case, Seen
 from tests.chaos.faults import Fault, Victim, blows_of
 from tests.chaos.parts import MODEL, engine_weights
 from tests.engines import tiny_engine
+from tests.thorough import parts
 
 NUM_SEEDS = 200
-PARTS = 10
+NUM_PARTS, NUM_USUAL = 10, 3
 """Tests that share the seeds."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", parts(NUM_PARTS, NUM_USUAL))
 def test_no_fault_serves_mixed_or_stale_weights_or_hangs_or_leaks(part: int, tmp_path: Path):
-    for seed in range(part, NUM_SEEDS, PARTS):
+    for seed in range(part, NUM_SEEDS, NUM_PARTS):
         seen = Case(tmp_path / str(seed), seed).run()
         try:
             check(seen)

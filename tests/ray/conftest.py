@@ -25,7 +25,7 @@ from tests.structures import SMALL
 PARALLEL = ParallelConfig(pp_size=2)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster():
     """A private head with seats for two trainer ranks and two replicas."""
     config = ClusterConfig()
@@ -47,7 +47,7 @@ def engine_with(weights: Mapping[str, torch.Tensor], version: int) -> Engine:
     return engine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def publish(tmp_path_factory):
     """Publishes weights as one rank that holds the whole model; versions grow from call to call."""
     publisher = Publisher(

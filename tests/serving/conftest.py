@@ -9,13 +9,13 @@ from tests.speaker import write_speaker
 from tests.unit.cli.npr import Npr
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def speaker(tmp_path_factory):
     """A model whose answers branch."""
     return write_speaker(tmp_path_factory.mktemp("speaker") / "hf")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def live(speaker):
     """A server that all tests share which leave it well."""
     with serving(speaker) as live:

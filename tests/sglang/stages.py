@@ -105,6 +105,7 @@ PLAIN: dict[str, Any] = {
     "radix_cache_backend": CACHE_BACKEND,
     "skip_tokenizer_init": True,
     "skip_server_warmup": True,
+    "sleep_on_idle": True,
     "random_seed": 0,
     "log_level": "error",
 }

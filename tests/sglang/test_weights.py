@@ -100,7 +100,11 @@ def tensors_of(version: int) -> dict[str, torch.Tensor]:
     return {name: tensor + 0.01 * version for name, tensor in random_tensors(MODEL).items()}
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (1, 2)], ids=["tp 2", "dp 2"])
+TP_2 = pytest.param((2, 1), id="tp 2")
+DP_2 = pytest.param((1, 2), id="dp 2", marks=pytest.mark.thorough)  # see test_data_parallel
+
+
+@pytest.fixture(scope="module", params=[TP_2, DP_2])
 def engine(request, tmp_path_factory) -> Iterator[Engine]:
     engine = Engine(*request.param, tmp_path_factory.mktemp("model"))
     yield engine

@@ -21,6 +21,7 @@ from npr_megatron.weights.proof.wire_minimum import fewest_wire_bytes
 from npr_megatron.weights.publication import Publication
 from npr_megatron.weights.storages import empty_storages
 from npr_megatron.weights.tiles import Layout
+from tests.thorough import parts
 from tests.unit.weights.oracles import (
     Topology,
     by_rank,
@@ -31,7 +32,7 @@ from tests.unit.weights.oracles import (
 )
 from tests.unit.weights.sample import LEAST, nodes_of, sample
 
-NUM_SHARDS = 8
+NUM_SHARDS, NUM_USUAL = 8, 2
 
 
 def numbered(shard: int) -> Iterator[tuple[int, Topology]]:
@@ -148,7 +149,7 @@ def folder(tmp_path) -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.parametrize("shard", range(NUM_SHARDS))
+@pytest.mark.parametrize("shard", parts(NUM_SHARDS, NUM_USUAL))
 def test_every_element_arrives_and_comes_back(shard, folder):
     for number, topology in numbered(shard):
         ids = element_ids(topology.model)
