@@ -147,11 +147,11 @@ def stack(storage: str, segments: Sequence[Rows], width: int, num_rows: int | No
 
 
 def padded_rows(
-    storage: str, parameter: str, shape: Index, part: int, num_parts: int, multiple: int
+    storage: str, parameter: str, shape: Index, num_rows: int, part: int, num_parts: int
 ) -> Piece:
-    """Return one of ``num_parts`` equal row slices of a parameter whose rows are padded at the end
-    to a multiple of ``multiple``; a slice that is all padding has no tile."""
-    height = -(-shape[0] // multiple) * multiple // num_parts
+    """Return one of ``num_parts`` equal row slices of a parameter that is padded at the end to
+    ``num_rows`` rows; a slice that is all padding has no tile."""
+    height = num_rows // num_parts
     start, stop = part * height, min((part + 1) * height, shape[0])
     rows = [Rows(parameter, start, stop)] if start < stop else []
     return stack(storage, rows, shape[1], height)

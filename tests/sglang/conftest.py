@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from npr_megatron.engine.sglang.engine import SglangEngine
 from npr_megatron.weights.checkpoints.hf import write_hf
 from tests.absence import absence_of_sglang
-from tests.engines import UNTIED, steered_weights
+from tests.engines import UNTIED, assert_nothing_is_left, steered_weights, step_until
 from tests.parity.hf_reference import hf_model
 from tests.sglang.stages import POISON, SPOKEN, StageServer
 
@@ -62,3 +63,11 @@ def server(running_server: StageServer) -> StageServer:
     """The engine, empty: what earlier tests leased and did not release would take its pool."""
     running_server.flush()
     return running_server
+
+
+@pytest.fixture
+def engine(started: SglangEngine) -> Iterator[SglangEngine]:
+    """The engine that a module has ``started``; every test leaves nothing in it."""
+    yield started
+    step_until(started, lambda: not started.num_unfinished, within_s=60.0)
+    assert_nothing_is_left(started)

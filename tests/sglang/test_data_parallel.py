@@ -16,7 +16,6 @@ from npr_megatron.errors import EngineLost
 from npr_megatron.records.trajectory import DecodeMode, FinishReason
 from tests.engines import (
     UNTIED,
-    assert_nothing_is_left,
     drain,
     random_weights,
     request_for,
@@ -44,13 +43,6 @@ def started() -> Iterator[SglangEngine]:
     engine.load(storages(WEIGHTS))
     yield engine
     engine.close()
-
-
-@pytest.fixture
-def engine(started: SglangEngine) -> Iterator[SglangEngine]:
-    yield started
-    step_until(started, lambda: not started.num_unfinished, within_s=60.0)
-    assert_nothing_is_left(started)
 
 
 @pytest.fixture

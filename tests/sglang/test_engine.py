@@ -28,7 +28,6 @@ from npr_megatron.weights.layouts import engine_layout
 from npr_megatron.weights.storages import box_reader, empty_storages, load_tiles
 from tests.engines import (
     UNTIED,
-    assert_nothing_is_left,
     drain,
     random_weights,
     request_for,
@@ -67,13 +66,6 @@ def started() -> Iterator[SglangEngine]:
     yield engine
     engine.close()
     engine.close()
-
-
-@pytest.fixture
-def engine(started: SglangEngine) -> Iterator[SglangEngine]:
-    yield started
-    step_until(started, lambda: not started.num_unfinished, within_s=60.0)
-    assert_nothing_is_left(started)
 
 
 def asked(seed: int, count: int = 4, **options: object) -> Asked:

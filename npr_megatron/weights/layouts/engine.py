@@ -18,6 +18,7 @@ from npr_megatron.config.divisions import (
     kinds_of_layers,
     mlp_problems,
 )
+from npr_megatron.config.engine_check import SGLANG_ROW_MULTIPLE
 from npr_megatron.config.model import ModelConfig, MoeConfig
 from npr_megatron.errors import LayoutError
 from npr_megatron.weights.box import Box
@@ -65,10 +66,16 @@ class _Dialect:
     row_multiple: int
     """Vocabulary rows are padded to a multiple of this, then cut evenly."""
 
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Return the rows of embedding and head over all ranks, padding included."""
+        return -(-vocab_size // self.row_multiple) * self.row_multiple
+
 
 _DIALECTS: dict[EngineKind, _Dialect] = {
     "embedded": _Dialect(model="", attention="", mlp="", row_multiple=1),
-    "sglang": _Dialect(model="model.", attention="self_attn.", mlp="mlp.", row_multiple=64),
+    "sglang": _Dialect(
+        model="model.", attention="self_attn.", mlp="mlp.", row_multiple=SGLANG_ROW_MULTIPLE
+    ),
 }
 
 
@@ -131,8 +138,8 @@ class _Shard:
 
     def _vocabulary(self, storage: str, parameter: str) -> Piece:
         shape = (self.model.vocab_size, self.model.hidden_size)
-        multiple = self.dialect.row_multiple
-        return padded_rows(storage, parameter, shape, self.tp, self.tp_size, multiple)
+        num_rows = self.dialect.padded_vocab_size(self.model.vocab_size)
+        return padded_rows(storage, parameter, shape, num_rows, self.tp, self.tp_size)
 
     def layer(self, moe: MoeConfig | None) -> list[Piece]:
         """Return a layer with the experts ``moe``, or a dense one, under names inside it."""
@@ -213,7 +220,7 @@ def _stacked_down(
 
 def _problems(model: ModelConfig, tp_size: int, ep_size: int, dialect: _Dialect) -> list[str]:
     problems = [*attention_problems(model, tp_size, "engine tp_size")]
-    rows = -(-model.vocab_size // dialect.row_multiple) * dialect.row_multiple
+    rows = dialect.padded_vocab_size(model.vocab_size)
     name = "vocab_size" if rows == model.vocab_size else "padded vocab_size"
     problems += divides(name, rows, tp_size, "engine tp_size")
     if model.moe is None and ep_size > 1:

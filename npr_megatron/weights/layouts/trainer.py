@@ -112,10 +112,9 @@ class _Declaration:
                 yield self._vocabulary("output_layer.weight", head_parameter(model), shard.tp)
 
     def _vocabulary(self, storage: str, parameter: str, tp: int) -> Piece:
-        tp_size = self._parallel.tp_size
         shape = (self._model.vocab_size, self._model.hidden_size)
-        multiple = tp_size * self._parallel.vocab_divisor
-        return padded_rows(storage, parameter, shape, tp, tp_size, multiple)
+        num_rows = self._parallel.padded_vocab_size(self._model.vocab_size)
+        return padded_rows(storage, parameter, shape, num_rows, tp, self._parallel.tp_size)
 
     def _layer(self, moe: MoeConfig | None, shard: _Shard) -> list[Piece]:
         key = (moe is None, shard)
