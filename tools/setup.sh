@@ -61,7 +61,9 @@ make_venv() {
   exit 2
 }
 
-# Python compiles a module when it is first imported; few of those installed ever are.
+# Python compiles a module when it is first imported; few of those installed ever are. What it
+# compiles must be kept, wherever that is switched off: else every process would do it again.
+unset PYTHONDONTWRITEBYTECODE
 pip_install() {
   "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check "$@"
 }

@@ -124,6 +124,13 @@ def test_an_environment_for_testing_can_run_the_quickstart_too(checkout):
     assert called == ["npr pipeline examples/quickstart/run.toml"]
 
 
+def test_what_python_compiles_is_kept_also_where_that_is_switched_off(checkout):
+    stamp(checkout, "run")
+    (checkout / ".venv/bin/npr").write_text('echo "set to ${PYTHONDONTWRITEBYTECODE-nothing}"')
+    _, _, output = call(checkout, "tools/quickstart", PYTHONDONTWRITEBYTECODE="1")
+    assert "set to nothing" in output
+
+
 @pytest.mark.parametrize("changed", ["pyproject.toml", "tools/constraints-cpu.txt"])
 def test_a_changed_requirement_installs_again_with_the_constraints(checkout, changed):
     stamp(checkout, "dev", "sglang")
