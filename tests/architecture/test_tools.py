@@ -33,7 +33,7 @@ fi
 PIP = "python -m pip install -qq --no-compile --disable-pip-version-check"
 SIDE_BY_SIDE = ("tests/architecture", "tests/examples", "tests/parity", "tests/unit")
 TOGETHER = f"python -m pytest {' '.join(SIDE_BY_SIDE)} -n logical --maxprocesses 4 --dist worksteal"
-WITH_RANKS = ("tests/end_to_end", "tests/distributed")
+WITH_RANKS = ("tests/end_to_end", "tests/distributed", "tests/ray")
 BY_THE_CLOCK = ("tests/chaos",)
 NAMED = (*SIDE_BY_SIDE, *WITH_RANKS, *BY_THE_CLOCK)
 CLOCK = f"python -m pytest {' '.join(BY_THE_CLOCK)} -n 2"

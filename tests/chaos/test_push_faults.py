@@ -22,7 +22,7 @@ from tests.engines import tiny_engine
 from tests.thorough import parts
 
 NUM_SEEDS = 200
-NUM_PARTS, NUM_USUAL = 10, 3
+NUM_PARTS, NUM_USUAL = 10, 2
 """Tests that share the seeds."""
 
 

@@ -80,6 +80,7 @@ def test_the_trained_model_converts_and_compares(undisturbed, tmp_path):
     weights("diff", megatron, model)  # exits with 1 where a bit differs
 
 
+@pytest.mark.thorough
 def test_a_given_model_starts_at_zero_with_problems_from_files(undisturbed, tmp_path):
     for name in ("train", "test"):
         numbers = range(1, 5) if name == "train" else range(5, 9)

@@ -84,6 +84,9 @@ def server_environment(
     variables = {
         # rows are copied by torch: SGLang's own kernel for it comes with speculative decoding only
         "SGLANG_NATIVE_MOVE_KV_CACHE": "1",
+        # or a host whose scheduler has failed waits for diagnoses for a minute before it ends
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+        "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
     }
     if config.debug_checks:
         variables["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "2"
