@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thorough",
         action="store_true",
-        help="also run what is marked thorough: the rest of large samples",
+        help="also run what is marked thorough: the rest of large samples and a few long runs",
     )
 
 

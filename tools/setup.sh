@@ -11,6 +11,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
 constraints="$root/tools/constraints-cpu.txt"
+unset PYTHONDONTWRITEBYTECODE # else every process would compile anew what `pip_install` does not
 
 set_up() {
   local extra="${1:-run}" wanted stamp
@@ -61,9 +62,7 @@ make_venv() {
   exit 2
 }
 
-# Python compiles a module when it is first imported; few of those installed ever are. What it
-# compiles must be kept, wherever that is switched off: else every process would do it again.
-unset PYTHONDONTWRITEBYTECODE
+# Python compiles a module when it is first imported; few of those installed ever are.
 pip_install() {
   "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check "$@"
 }

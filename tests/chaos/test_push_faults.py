@@ -23,7 +23,7 @@ from tests.thorough import parts
 
 NUM_SEEDS = 200
 NUM_PARTS, NUM_USUAL = 10, 2
-"""Tests that share the seeds."""
+"""Tests that share the seeds, and how many of them every run sees."""
 
 
 @pytest.mark.slow
